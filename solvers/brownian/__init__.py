@@ -1,0 +1,1 @@
+"""Brownian paths that can be reconstructed."""
