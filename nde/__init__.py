@@ -1,1 +1,33 @@
-"""Neural differential equations on JAX."""
+"""Neural differential equations on JAX, on top of diffrax.
+
+The models and their parts are imported here. `fit`, `train` and `plot` are imported on first use:
+they need optax and matplotlib, which a program that only solves does not have to load.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nde import fields as fields
+from nde import losses as losses
+from nde import solvers as solvers
+from nde.hybrid import HybridODE as HybridODE
+from nde.ode import NeuralODE as NeuralODE
+
+if TYPE_CHECKING:
+    from nde import plot as plot
+    from nde import train as train
+    from nde.train import fit as fit
+
+__all__ = ["HybridODE", "NeuralODE", "fields", "fit", "losses", "plot", "solvers", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("plot", "train"):
+        return importlib.import_module(f"nde.{name}")
+    if name == "fit":
+        return importlib.import_module("nde.train").fit
+    raise AttributeError(f"module 'nde' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,166 @@
+"""Batches of one shape from data of any length.
+
+Step k of an epoch takes entries k * batch_size, ... of that epoch's permutation of the examples.
+The last batch of an epoch is filled up with copies of valid examples, which its mask leaves out:
+every compiled shape is the same, and a copy is a real and cheap solve where a row of zeros or nan
+would be neither. The permutation depends on the key and the epoch alone, so that a run can resume
+anywhere.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+
+
+class Batch(NamedTuple):
+    """What a loss sees of the data at one step.
+
+    Args:
+        data: The user's PyTree; every leaf has shape (batch, ...).
+        mask: Shape (batch,). False marks a copy that fills up the last batch of an epoch and must
+            not count: a mean over examples is `sum(mask * loss) / sum(mask)`, as in
+            `nde.losses.mse(..., mask=batch.mask)`.
+        step: Number of the training step, from 0, shape (). For schedules inside the loss: a
+            horizon, a weight.
+    """
+
+    data: PyTree[Any]
+    mask: Bool[Array, " batch"]
+    step: Int[Array, ""]
+
+
+class ArrayBatches:
+    """Batches from arrays that are in memory.
+
+    `payload` runs on the host, `assemble` inside the compiled step.
+    """
+
+    def __init__(self, data: PyTree, batch_size: int | None, key: PRNGKeyArray):
+        self.size = _check_examples(data)
+        if batch_size is not None and not (
+            isinstance(batch_size, int) and 1 <= batch_size <= self.size
+        ):
+            raise ValueError(
+                f"`batch_size` is {batch_size} but the data has {self.size} examples; give an "
+                "integer from 1 "
+                f"to {self.size}, or None for all of them at every step."
+            )
+        self.data = jax.tree.map(jnp.asarray, data)
+        self.batch_size, self.key = batch_size, key
+        self.batches = 1 if batch_size is None else -(-self.size // batch_size)
+        self._shuffle = jax.jit(self._order)
+        self._epoch, self._permutation = -1, None
+
+    def payload(self, step: int) -> PyTree[Array]:
+        """The arrays that `assemble` makes the batch of `step` from."""
+        if self.batch_size is None:
+            return self.data
+        epoch, position = divmod(step, self.batches)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, self._shuffle(np.int32(epoch))
+        return self.data, self._permutation, np.int32(position)
+
+    def assemble(self, payload: PyTree[Array]) -> tuple[PyTree[Array], Bool[Array, " batch"]]:
+        """Data and mask of one batch."""
+        if self.batch_size is None:
+            return payload, jnp.ones(self.size, dtype=bool)
+        data, order, position = payload
+        start = position * self.batch_size
+        rows = jax.lax.dynamic_slice(order, (start,), (self.batch_size,))
+        mask = start + jnp.arange(self.batch_size, dtype=start.dtype) < self.size
+        return jax.tree.map(lambda leaf: leaf[rows], data), mask
+
+    def examples(self, step: int) -> list[int]:
+        """Numbers of the examples in the batch of `step`, for a report."""
+        if self.batch_size is None:
+            return list(range(self.size))
+        epoch, position = divmod(step, self.batches)
+        order = np.asarray(self._shuffle(np.int32(epoch)))[: self.size]
+        return order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
+
+    def _order(self, epoch: Int[Array, ""]) -> Int[Array, " padded"]:
+        order = jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
+        return jnp.resize(order, self.batches * (self.batch_size or self.size))
+
+
+class IteratorBatches:
+    """Batches that the user makes: the first one sets the shape, a shorter one is filled up."""
+
+    def __init__(self, batches: Iterator):
+        self.iterator, self.size, self.taken = batches, None, 0
+
+    def payload(self, step: int) -> PyTree[Array]:
+        """The next batch, filled up to the size of the first, and its mask."""
+        try:
+            data = next(self.iterator)
+        except StopIteration:
+            raise ValueError(
+                f"`data` is an iterator that ended after {self.taken} batches, before the last "
+                "step; "
+                "lower `steps`, or let it start again (itertools.cycle)."
+            ) from None
+        self.taken += 1
+        length = _check_examples(data)
+        self.size = length if self.size is None else self.size
+        if length > self.size:
+            raise ValueError(
+                f"`data` gave a batch of {length} examples after a first one of {self.size}; "
+                "no batch may be longer than the first."
+            )
+        rows = np.arange(self.size) % length
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data), np.arange(
+            self.size
+        ) < length
+
+    def assemble(self, payload: PyTree[Array]) -> tuple[PyTree[Array], Bool[Array, " batch"]]:
+        """Data and mask of one batch."""
+        return payload
+
+    def examples(self, step: int) -> list[int]:
+        """Unknown: the iterator does not number its examples."""
+        return []
+
+
+def make_batches(
+    data: Any, batch_size: int | None, key: PRNGKeyArray
+) -> ArrayBatches | IteratorBatches:
+    """The source of batches for `data`, a PyTree of arrays or an iterator."""
+    if not isinstance(data, Iterator):
+        return ArrayBatches(data, batch_size, key)
+    if batch_size is not None:
+        raise ValueError(
+            f"`batch_size` is {batch_size} but `data` is an iterator, which makes its own batches; "
+            "pass None."
+        )
+    return IteratorBatches(data)
+
+
+def _check_examples(data: PyTree) -> int:
+    """Number of examples: the common length of the leading axes."""
+    leaves = jtu.tree_leaves_with_path(data)
+    if not leaves:
+        raise ValueError(
+            "`data` holds no array; pass a PyTree of arrays with a leading example axis."
+        )
+    for path, leaf in leaves:
+        if not eqx.is_array(leaf) or leaf.ndim == 0:
+            raise ValueError(
+                f"`data{jtu.keystr(path)}` is {leaf!r}; every leaf is an array with a leading "
+                "example axis "
+                "(one series alone: series[None])."
+            )
+    lengths = {f"data{jtu.keystr(path)}": leaf.shape[0] for path, leaf in leaves}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"`data` has arrays of unequal length: {lengths}; give one row per example in each."
+        )
+    size = leaves[0][1].shape[0]
+    if size == 0:
+        raise ValueError(f"`data` has no examples: {lengths}; give at least one.")
+    return size

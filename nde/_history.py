@@ -1,0 +1,141 @@
+"""What a training run reports: columns with one row per step, and the progress on the screen."""
+
+import importlib.util
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class History:
+    """One row per training step: `history["loss"]`, `history.columns`.
+
+    Args:
+        columns: Name to array of shape (steps,): `loss`, `gradient_norm`, `skipped` (the update was
+            not finite and not made), `seconds` (since the first step) and the metrics of the loss,
+            such as `nfe`.
+        compile_seconds: Time of the one compilation before the first step.
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray], compile_seconds: float):
+        self.columns, self.compile_seconds = columns, compile_seconds
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.columns:
+            raise KeyError(f"`{name}` is not in the history; it has {sorted(self.columns)}.")
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.columns.get("loss", ()))
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} steps of {sorted(self.columns)})"
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the training without the compilation."""
+        return float(self["seconds"][-1]) if len(self) else 0.0
+
+    @property
+    def final_loss(self) -> float:
+        """Mean loss of the last tenth of the steps; inf if one of them was skipped."""
+        if not len(self):
+            return np.inf
+        last = slice(-max(1, len(self) // 10), None)
+        return np.inf if self["skipped"][last].any() else float(self["loss"][last].mean())
+
+    def summary(self) -> str:
+        """A table of the columns: first value, last value, smallest and largest."""
+        lines = [
+            f"{len(self)} steps in {self.seconds:.1f} s after {self.compile_seconds:.1f} s of "
+            "compiling; "
+            f"{int(np.sum(self.columns.get('skipped', 0)))} skipped",
+            f"{'':<16}{'first':>12}{'last':>12}{'smallest':>12}{'largest':>12}",
+        ]
+        for name, rows in self.columns.items():
+            rows = rows[np.isfinite(rows)]
+            if name not in ("skipped", "seconds") and rows.size:
+                values = (rows[0], rows[-1], rows.min(), rows.max())
+                lines.append(f"{name:<16}" + "".join(f"{value:>12.4g}" for value in values))
+        return "\n".join(lines)
+
+
+class Reports:
+    """Collects what the compiled steps return, and waits for the device only in `fetch`."""
+
+    def __init__(self, steps: int, progress: bool):
+        self.pending, self.records, self.times = [], [], []
+        self.began = time.perf_counter()
+        self.show = _progress(steps) if progress else _Silent()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep the record of one more step, on the device."""
+        self.pending.append(record)
+
+    def fetch(self) -> list[tuple[int, dict[str, np.ndarray]]]:
+        """Bring the pending records to the host: pairs of step and record."""
+        first, fetched = len(self.records), jax.device_get(self.pending)
+        self.pending = []
+        now, last = time.perf_counter() - self.began, self.times[-1] if self.times else 0.0
+        self.times += np.linspace(last, now, len(fetched) + 1)[1:].tolist()
+        self.records += fetched
+        self.show.update(len(fetched), fetched[-1])
+        return list(enumerate(fetched, start=first))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Name to array, the first axis one row per step."""
+        hidden = ("reason", "skips")
+        names = [name for name in self.records[0] if name not in hidden] if self.records else []
+        columns = {name: np.stack([record[name] for record in self.records]) for name in names}
+        return columns | {"seconds": np.asarray(self.times)}
+
+
+def _numbers(record: dict[str, np.ndarray]) -> dict[str, str]:
+    """What the progress shows: the best of several starts."""
+    shown = {name: np.min(record[name]) for name in ("loss", "nfe") if name in record}
+    return {name: f"{value:.4g}" for name, value in shown.items()}
+
+
+def _progress(steps: int):
+    return _Bar(steps) if importlib.util.find_spec("tqdm") else _Lines(steps)
+
+
+class _Bar:
+    def __init__(self, steps: int):
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(total=steps, desc="fit", unit="step")
+
+    def update(self, steps: int, record: dict[str, np.ndarray]) -> None:
+        self.bar.set_postfix(_numbers(record), refresh=False)
+        self.bar.update(steps)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _Lines:
+    """About ten lines for a run."""
+
+    def __init__(self, steps: int):
+        self.steps, self.done, self.tenth = steps, 0, 0
+
+    def update(self, steps: int, record: dict[str, np.ndarray]) -> None:
+        self.done += steps
+        if self.done * 10 // self.steps > self.tenth:
+            self.tenth = self.done * 10 // self.steps
+            text = " ".join(f"{name} {value}" for name, value in _numbers(record).items())
+            sys.stderr.write(f"fit: step {self.done}/{self.steps} {text}\n")
+
+    def close(self) -> None:
+        sys.stderr.flush()
+
+
+class _Silent:
+    def update(self, steps: int, record: dict[str, np.ndarray]) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Nothing to close."""

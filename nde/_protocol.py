@@ -1,0 +1,285 @@
+"""What an ODE model is, and every check that stands before its solve.
+
+A model maps one example to its output: times `ts` of shape (times,) and a state `y0` in, states at
+`ts` out. The solve starts at `t0 = ts[0]` and ends at `t1 = ts[-1]`; `ts` may decrease, and may
+repeat its last value (padding). A check needs either shapes and types, and then works under `jit`
+and `vmap` too, or it needs numbers, and then it runs only where there are some: outside a
+transformation.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from nde.solvers import DiscreteAdjoint
+
+
+class AbstractODE(eqx.Module):
+    """Anything that is solved as dy/dt = vector_field(t, y, args): the numerics, as fields.
+
+    Args:
+        solver: How one step is taken, a `diffrax` solver.
+        stepsize_controller: How long a step is, a `diffrax` step-size controller.
+        adjoint: How gradients are taken.
+        dt0: First step (every step, with `diffrax.ConstantStepSize`), in the unit of `ts`; `None`
+            lets the controller choose.
+        max_steps: Largest number of attempted steps of one solve.
+    """
+
+    vector_field: eqx.AbstractVar[Callable]
+    solver: diffrax.AbstractSolver = eqx.field(default=diffrax.Tsit5(), kw_only=True)
+    stepsize_controller: diffrax.AbstractStepSizeController = eqx.field(
+        default=diffrax.PIDController(rtol=1e-3, atol=1e-6), kw_only=True
+    )
+    adjoint: diffrax.AbstractAdjoint = eqx.field(default=DiscreteAdjoint(), kw_only=True)
+    dt0: float | None = eqx.field(default=None, kw_only=True)
+    max_steps: int | None = eqx.field(default=4096, kw_only=True)
+
+    def __check_init__(self):
+        check_numerics(self)
+
+
+def solve_ode(
+    model: AbstractODE,
+    ts: Float[Array, " times"],
+    y0: PyTree[Float[Array, "..."]],
+    args: PyTree[Any],
+    *,
+    throw: bool,
+    readout: Callable = lambda t, y, args: y,
+) -> diffrax.Solution:
+    """Check the input and solve from `ts[0]` to `ts[-1]`.
+
+    `.ys` is `readout(t, y, args)` at `ts`, leaves of shape (times, ...).
+    """
+    check_times(ts, model.dt0)
+    check_state(y0)
+    check_precision(model.stepsize_controller, y0)
+    ts, y0 = jax.tree.map(jnp.asarray, (ts, y0))
+    check_vector_field(model.vector_field, ts[0], y0, args)
+    # Products of reduced precision, a default of recent GPUs, look like a rough field.
+    with jax.default_matmul_precision(jax.config.jax_default_matmul_precision or "highest"):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(model.vector_field),
+            model.solver,
+            t0=ts[0],
+            t1=ts[-1],
+            dt0=model.dt0,
+            y0=y0,
+            args=args,
+            saveat=diffrax.SaveAt(ts=ts, fn=readout),
+            stepsize_controller=model.stepsize_controller,
+            adjoint=model.adjoint,
+            max_steps=model.max_steps,
+            throw=throw,
+        )
+
+
+def check_numerics(model: AbstractODE) -> None:
+    """Known when the model is made: classes given for instances, `max_steps`, `dt0`, tolerances."""
+    for name, kind in (
+        ("solver", diffrax.AbstractSolver),
+        ("stepsize_controller", diffrax.AbstractStepSizeController),
+        ("adjoint", diffrax.AbstractAdjoint),
+    ):
+        value = getattr(model, name)
+        if isinstance(value, type):
+            raise ValueError(f"`{name}` is the class {value.__name__}; write `{value.__name__}()`.")
+        if not isinstance(value, kind):
+            raise ValueError(f"`{name}` is {value!r}; it must be an instance of {kind.__name__}.")
+    steps = model.max_steps
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"`max_steps` is {steps!r}; it must be an integer >= 1, such as 4096.")
+    dt0 = _number(model.dt0)
+    if dt0 == 0:
+        raise ValueError("`dt0` is zero; give a step, or `dt0=None` to let the controller choose.")
+    if dt0 is not None and not np.isfinite(dt0):
+        raise ValueError(f"`dt0` is {dt0}; it must be finite, or `dt0=None`.")
+    rtol, atol = _tolerances(model.stepsize_controller)
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"`{name}` is {value}; a tolerance is positive, such as {name}=1e-6.")
+    if rtol == 0 and atol == 0:
+        raise ValueError(
+            "`rtol` and `atol` are both 0: no step can be accepted. At least one must be positive, "
+            "such as rtol=1e-3, atol=1e-6."
+        )
+
+
+def check_times(ts: Float[Array, " times"], dt0: float | None) -> None:
+    """`ts`: one series of finite, ordered, floating times; `dt0`, a step that moves them."""
+    if not eqx.is_array(ts):
+        raise ValueError(f"`ts` is a {type(ts).__name__}; pass an array: jnp.asarray(ts).")
+    if ts.ndim != 1 or ts.size == 0:
+        raise ValueError(
+            f"`ts` has shape {ts.shape}; one model call takes one series of at least one time, "
+            "shape (times,). Use jax.vmap over the batch."
+        )
+    if not jnp.issubdtype(ts.dtype, jnp.floating):
+        raise ValueError(f"`ts` has dtype {ts.dtype}; times are floating: ts.astype(float).")
+    if _traced(ts):
+        return
+    times = np.asarray(ts)
+    if not np.isfinite(times).all():
+        at = int(np.flatnonzero(~np.isfinite(times))[0])
+        end = " (it is `t1`)" if at == times.size - 1 else ""
+        raise ValueError(
+            f"`ts` is {times[at]} at index {at}{end}; times must be finite. To run to a steady "
+            "state, use diffrax.diffeqsolve with event=diffrax.Event(diffrax.steady_state_event())."
+        )
+    backward = times[-1] < times[0]
+    wrong = np.flatnonzero(np.diff(times) > 0 if backward else np.diff(times) < 0)
+    if wrong.size:
+        at = int(wrong[0])
+        raise ValueError(
+            f"`ts` runs from {times[0]} to {times[-1]} but is not in order: ts[{at}]={times[at]}, "
+            f"ts[{at + 1}]={times[at + 1]}. Sort it (and the data with it)."
+        )
+    _check_first_step(times, _number(dt0))
+
+
+def _check_first_step(times: np.ndarray, dt0: float | None) -> None:
+    t0, span = times[0], times[-1] - times[0]
+    if dt0 is None or span == 0:
+        return
+    if dt0 * span < 0:
+        raise ValueError(f"`dt0` is {dt0} but `t1 - t0` is {span}; give both the same sign.")
+    if t0 + times.dtype.type(dt0) == t0:
+        raise ValueError(
+            f"`dt0` is {dt0}, which does not move t0={t0} in {times.dtype}: the smallest usable "
+            "step "
+            f"there is {np.spacing(abs(t0))}. Use float64 times, or shift the time to start near 0."
+        )
+
+
+def check_state(y0: PyTree[Float[Array, "..."]]) -> None:
+    """`y0`: arrays (in any PyTree) that are floating, not empty and finite."""
+    leaves = jtu.tree_leaves_with_path(y0)
+    if not leaves:
+        raise ValueError(f"`y0` is {y0!r}, which holds no array; a state has at least one entry.")
+    for path, leaf in leaves:
+        name = "y0" + jtu.keystr(path)
+        if not eqx.is_array(leaf):
+            raise ValueError(
+                f"`{name}` is a Python {type(leaf).__name__}; a state is an array, or a PyTree of "
+                "arrays: y0=jnp.asarray(y0)."
+            )
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"`{name}` is complex ({leaf.dtype}); stack its real and imaginary parts: two real "
+                "channels."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"`{name}` has dtype {leaf.dtype}; states are floating: y0.astype(float)."
+            )
+        if leaf.size == 0:
+            raise ValueError(f"`{name}` has shape {leaf.shape}; a state has at least one entry.")
+        if not _traced(leaf) and not np.isfinite(np.asarray(leaf)).all():
+            at = tuple(map(int, np.argwhere(~np.isfinite(np.asarray(leaf)))[0]))
+            raise ValueError(f"`{name}` is {leaf[at]} at index {at}; a state must be finite.")
+
+
+def check_precision(
+    controller: diffrax.AbstractStepSizeController, y0: PyTree[Float[Array, "..."]]
+) -> None:
+    """Tolerances that the state's precision cannot resolve: every step would be rejected."""
+    rtol, atol = _tolerances(controller)
+    smallest = max(10 * float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y0))
+    if rtol and rtol < smallest and (atol or 0) < smallest:
+        dtype = jnp.result_type(*jax.tree.leaves(y0))
+        raise ValueError(
+            f"`rtol` is {rtol} but the state is {dtype}: the smallest usable value is "
+            f"{smallest:.1e}. Loosen it, or use "
+            'float64: jax.config.update("jax_enable_x64", True).'
+        )
+
+
+def check_vector_field(
+    vector_field: Callable, t: Float[Array, ""], y0: PyTree[Float[Array, "..."]], args: PyTree[Any]
+) -> None:
+    """`vector_field(t, y, args)` gives one floating rate for every entry of the state."""
+    check_callable("vector_field", vector_field, "(t, y, args)")
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", y0)
+    try:
+        dy = eqx.filter_eval_shape(vector_field, t, y0, args)
+    except (TypeError, IndexError) as error:
+        raise ValueError(
+            f"`vector_field` cannot be applied to `y0` = {shapes}: {str(error).splitlines()[0]} "
+            "One call takes one example; use jax.vmap over the batch."
+        ) from error
+    if jax.tree.structure(dy) != jax.tree.structure(y0):
+        raise ValueError(
+            f"`vector_field` returned {jax.tree.structure(dy)} but the state is "
+            f"{jax.tree.structure(y0)}; "
+            "return one rate for every entry of the state."
+        )
+    for (path, rate), state in zip(jtu.tree_leaves_with_path(dy), jax.tree.leaves(y0), strict=True):
+        where = jtu.keystr(path)
+        if not eqx.is_array_like(rate) and not isinstance(rate, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"`vector_field` returned {rate!r}{where}; return arrays, shaped like the state."
+            )
+        shape, dtype = jnp.shape(rate), jnp.result_type(rate)
+        if shape != state.shape:
+            raise ValueError(
+                f"`vector_field` returned shape {shape} but the state{where} has shape "
+                f"{state.shape}; "
+                "return one rate for every entry of the state."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"`vector_field` returned dtype {dtype}{where}; rates are floating: "
+                "dy.astype(y.dtype)."
+            )
+
+
+def check_callable(name: str, function: Any, arguments: str) -> None:
+    """`function` can be called with the positional `arguments`, written like "(t, y, args)"."""
+    if not callable(function):
+        raise ValueError(f"`{name}` is {function!r}; it must be a function {name}{arguments}.")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some builtins have no signature to look at
+        return
+    try:
+        signature.bind(*arguments.strip("()").split(","))
+    except TypeError as error:
+        raise ValueError(
+            f"`{name}` has signature {signature}; it is called as {name}{arguments}."
+        ) from error
+
+
+def check_key(key: Any) -> None:
+    """`key` is one new-style random key."""
+    hint = "Pass one key: jax.random.key(0)."
+    if not eqx.is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"`key` is {key!r}, not a random key. {hint}")
+    if key.shape != ():
+        raise ValueError(f"`key` is a batch of keys, shape {key.shape}. {hint}")
+
+
+def _traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def _number(x: Any) -> float | None:
+    return None if x is None or _traced(x) else float(x)
+
+
+def _tolerances(
+    controller: diffrax.AbstractStepSizeController,
+) -> tuple[float | None, float | None]:
+    if isinstance(controller, diffrax.ClipStepSizeController):
+        return _tolerances(controller.controller)
+    if isinstance(controller, diffrax.PIDController):
+        return _number(controller.rtol), _number(controller.atol)
+    return None, None

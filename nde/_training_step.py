@@ -1,0 +1,148 @@
+"""The compiled step of a training run: loss, gradient, guard, update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from nde._batching import Batch
+
+COLUMNS = ("loss", "gradient_norm", "skipped", "reason", "skips", "seconds")
+
+
+class State(NamedTuple):
+    """What one step hands to the next."""
+
+    params: PyTree[Array]
+    opt_state: PyTree[Array]
+    skips: Int[Array, ""]  # in a row; at the limit the state stays what it is
+    reason: Int[Array, ""]  # of the last skip: an index into `reasons(params)`, 0 for none
+
+
+def initial_state(optim: optax.GradientTransformation, params: PyTree[Array]) -> State:
+    """The state before the first step."""
+    zero = jnp.zeros((), dtype=jnp.int32)
+    return State(params, strongly_typed(_leniently(optim.init, params)), zero, zero)
+
+
+def make_step(
+    loss: Callable,
+    optim: optax.GradientTransformationExtraArgs,
+    static: PyTree,
+    assemble: Callable,
+    max_skips: int,
+) -> Callable:
+    """`step(state, fixed, payload, index, key) -> (state, record)`, to be compiled once."""
+
+    def step(state: State, fixed, payload, index, key):
+        batch = Batch(*assemble(payload), step=index)
+
+        def objective(params):
+            model = eqx.combine(params, fixed, static)
+            return _checked_loss(loss(model, batch, jax.random.fold_in(key, index)))
+
+        def update(grads, value):
+            updates, opt_state = optim.update(grads, state.opt_state, state.params, value=value)
+            return (
+                updates,
+                optax.apply_updates(state.params, updates),
+                opt_state,
+                _norm(grads),
+            )
+
+        (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, params, opt_state, norm = _leniently(update, grads, value)
+
+        stopped = state.skips >= max_skips
+        reason = jnp.where(stopped, state.reason, _first_not_finite(value, grads, updates))
+        ok = (reason == 0) & ~stopped
+        skips = jnp.where(ok, 0, jnp.where(stopped, state.skips, state.skips + 1))
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ok, _cast(new, old.dtype), old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        record = {
+            "loss": value,
+            "gradient_norm": norm,
+            "skipped": ~ok,
+            "reason": reason,
+            "skips": skips,
+        }
+        return State(params, opt_state, skips, reason), record | metrics
+
+    return step
+
+
+def reasons(params: PyTree[Array]) -> list[str]:
+    """What each value of `State.reason` means; the order of `_first_not_finite`."""
+    paths = leaf_paths(params)
+    return [
+        "nothing",
+        "the value of the loss",
+        *(f"the gradient of `{path}`" for path in paths),
+        *(f"the update of `{path}`" for path in paths),
+    ]
+
+
+def leaf_paths(tree: PyTree, name: str = "model") -> list[str]:
+    """The path of every leaf, such as `model.vector_field.scale`."""
+    return [name + jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(tree)]
+
+
+def strongly_typed(tree: PyTree) -> PyTree:
+    """Arrays whose type an update cannot change: a weakly typed one would be compiled for again."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype), tree)
+
+
+def _norm(tree: PyTree[Array]) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
+
+
+def _first_not_finite(value: Float[Array, ""], grads: PyTree, updates: PyTree) -> Int[Array, ""]:
+    leaves = [value, *jax.tree.leaves(grads), *jax.tree.leaves(updates)]
+    bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+    return jnp.where(jnp.any(bad), jnp.argmax(bad).astype(jnp.int32) + 1, 0)
+
+
+def _checked_loss(out: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
+    value, metrics = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+    if (
+        not eqx.is_array(value)
+        or value.shape != ()
+        or not jnp.issubdtype(value.dtype, jnp.floating)
+    ):
+        what = f"shape {value.shape}, dtype {value.dtype}" if eqx.is_array(value) else repr(value)
+        raise ValueError(
+            f"`loss` returned {what}; return a floating scalar (jnp.mean of the errors), or a pair "
+            "of it and a dict."
+        )
+    if not isinstance(metrics, dict):
+        raise ValueError(
+            f"`loss` returned metrics {metrics!r}; return a dict of scalars as the second value."
+        )
+    for name, metric in metrics.items():
+        if name in COLUMNS or jnp.shape(metric) != ():
+            raise ValueError(
+                f"`loss` returned the metric {name!r} of shape {jnp.shape(metric)}; a metric is a "
+                "scalar (jnp.mean) "
+                f"and has a name of its own, none of {COLUMNS}."
+            )
+    return value, {
+        name: jax.lax.stop_gradient(jnp.asarray(metric)) for name, metric in metrics.items()
+    }
+
+
+def _leniently(function: Callable, *args: Any) -> Any:
+    """Call an optimizer, which need not be written for strict promotion."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return function(*args)
+
+
+def _cast(leaf: Array, dtype: Any) -> Array:
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)

@@ -1,0 +1,110 @@
+r"""Neural vector fields: small networks that give dy/dt.
+
+    f(t, y, c) = s * tanh(W_L phi(... phi(W_1 [y, t, c] + b_1) ...) + b_L)
+
+with a learned scale `s` and a smooth `phi`. The final tanh bounds the rate of change, so that no
+initial state can escape to infinity; `s` sets the largest rate. A smooth `phi` matters: a kink
+(relu) costs the solver its order.
+
+Scale what goes in: states, times and context of order one. Where the rates exceed `s`, raise it: a
+saturated tanh does not learn.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from nde._protocol import check_key
+
+__all__ = ["MLPField"]
+
+
+class MLPField(eqx.Module):
+    r"""A multilayer perceptron as a vector field, `field(t, y, args) -> dy`. See the module for the
+    equation.
+
+    Args:
+        size: Channels of the state, shape (size,).
+        width: Units of each hidden layer.
+        depth: Number of hidden layers.
+        out_size: Channels of the output, shape (out_size,); `None` is `size`, a vector field.
+            Another number makes the network a term inside known equations (see `nde.HybridODE`).
+        time: Whether t is an input. Scale the times of the data to order one.
+        context: Channels of `args`, an array of shape (context,) that is an input; 0 ignores
+            `args`.
+        activation: Of the hidden layers. Smooth.
+        final_activation: Of the output, before the scale.
+        scale: Initial value of the learned scale, a number or an array of shape (out_size,).
+        last_layer_scale: Factor on the initial weights of the last layer. With 0 the field starts
+            as exactly zero and still learns: the start for a correction to known equations.
+        key: Of the initial weights.
+
+    Raises:
+        ValueError: if the state or the context has another shape, or `key` is not one random key.
+    """
+
+    mlp: eqx.nn.MLP
+    scale: Float[Array, "..."]
+    size: int = eqx.field(static=True)
+    time: bool = eqx.field(static=True)
+    context: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        depth: int,
+        *,
+        out_size: int | None = None,
+        time: bool = False,
+        context: int = 0,
+        activation: Callable = jax.nn.softplus,
+        final_activation: Callable = jnp.tanh,
+        scale: float | Float[Array, " out_size"] = 1.0,
+        last_layer_scale: float = 1.0,
+        key: PRNGKeyArray,
+    ):
+        check_key(key)
+        out_size = size if out_size is None else out_size
+        mlp = eqx.nn.MLP(
+            size + time + context, out_size, width, depth, activation, final_activation, key=key
+        )
+        last = jax.tree.map(
+            lambda leaf: last_layer_scale * leaf, eqx.filter(mlp.layers[-1], eqx.is_array)
+        )
+        last = eqx.combine(last, mlp.layers[-1])
+        self.mlp = eqx.tree_at(lambda mlp: mlp.layers[-1], mlp, last)
+        self.scale = jnp.asarray(scale, dtype=last.weight.dtype)
+        self.size, self.time, self.context = size, time, context
+        if self.scale.shape not in ((), (out_size,)):
+            raise ValueError(
+                f"`scale` has shape {self.scale.shape}; it is a number, or an array of shape "
+                f"({out_size},)."
+            )
+
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " size"],
+        args: Float[Array, " context"] | None = None,
+    ) -> Float[Array, " out_size"]:
+        """The rate of change at time `t` and state `y`, shape (size,), in the context `args`."""
+        inputs = [self._checked("y0", y, self.size)]
+        if self.time:
+            inputs.append(jnp.asarray(t, dtype=y.dtype)[None])
+        if self.context:
+            inputs.append(self._checked("args", args, self.context))
+        return self.scale * self.mlp(jnp.concatenate(inputs))
+
+    def _checked(self, name: str, value: Array | None, size: int) -> Array:
+        shape = jnp.shape(value) if eqx.is_array_like(value) else type(value).__name__
+        if shape != (size,):
+            raise ValueError(
+                f"`{name}` has shape {shape} but the field expects ({size},): one example, and "
+                "time is not a channel of it. "
+                "Use jax.vmap over a batch, or make the field with another `size` or `context`."
+            )
+        return value

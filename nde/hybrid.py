@@ -1,0 +1,238 @@
+r"""Known equations with a learned part (universal differential equations).
+
+    dy/dt = known(t, y, phi) + network(t, y, args)
+
+`phi`, the physical parameters, are a PyTree of arrays with a name each: {"growth": Positive(0.5),
+"gravity": Frozen(9.81)}. What is not said is trained; what must keep a range is trained in a
+coordinate in which it cannot leave it:
+
+    Positive    phi = exp(u)                              a rate, a mass, a standard deviation
+    Bounded     phi = low + (high - low) sigmoid(u)       a probability, an efficiency
+    Frozen      phi held fixed                            a measured constant
+
+The sum is the default; `combine` puts the network anywhere in the equations. With `network=None`
+the model is the known equations alone: the mechanistic fit that every hybrid model should be
+compared with.
+
+A network that starts at zero (`MLPField(..., last_layer_scale=0.0)`) starts the training at the
+known model. Known part and network may both explain the data: then `phi` means nothing, unless the
+loss keeps the network small.
+
+Reference:  Universal Differential Equations for Scientific Machine Learning (2020) |
+    arXiv:2001.04385
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from nde._protocol import AbstractODE, check_callable, solve_ode
+
+__all__ = ["Bounded", "Frozen", "HybridODE", "Positive", "additive"]
+
+
+class AbstractParameter(eqx.Module):
+    """A physical parameter that is stored in other coordinates."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Float[Array, "..."]:
+        """The physical value, of the shape it was made with."""
+
+
+class Positive(AbstractParameter):
+    """A parameter that stays positive, trained as its logarithm.
+
+    Args:
+        value: Initial physical value, any shape.
+
+    Raises:
+        ValueError: if a value is not positive and finite.
+    """
+
+    log_value: Float[Array, "..."]
+
+    def __init__(self, value: ArrayLike):
+        _check_range("Positive", value, 0.0, np.inf)
+        self.log_value = jnp.log(_floating(value))
+
+    @property
+    def value(self) -> Float[Array, "..."]:
+        return jnp.exp(self.log_value)
+
+
+class Bounded(AbstractParameter):
+    """A parameter that stays between two bounds, trained through a sigmoid.
+
+    Args:
+        value: Initial physical value, any shape, strictly inside the bounds.
+        low: Lower bound.
+        high: Upper bound.
+
+    Raises:
+        ValueError: if a value is not strictly between `low` and `high`.
+    """
+
+    logit: Float[Array, "..."]
+    low: float = eqx.field(static=True)
+    high: float = eqx.field(static=True)
+
+    def __init__(self, value: ArrayLike, low: float, high: float):
+        _check_range("Bounded", value, low, high)
+        value = _floating(value)
+        self.logit = jnp.log(value - low) - jnp.log(high - value)
+        self.low, self.high = low, high
+
+    @property
+    def value(self) -> Float[Array, "..."]:
+        return self.low + (self.high - self.low) * jax.nn.sigmoid(self.logit)
+
+
+class Frozen(AbstractParameter):
+    """A parameter that is not trained: `nde.fit` leaves it alone, and its gradient is zero
+    everywhere else.
+
+    Args:
+        constant: Physical value, any shape.
+    """
+
+    constant: Float[Array, "..."]
+
+    def __init__(self, constant: ArrayLike):
+        self.constant = _floating(constant)
+
+    @property
+    def value(self) -> Float[Array, "..."]:
+        return jax.lax.stop_gradient(self.constant)
+
+
+def additive(
+    known: Callable,
+    network: Callable,
+    t: Float[Array, ""],
+    y: PyTree,
+    parameters: PyTree,
+    args: PyTree,
+) -> PyTree:
+    """The default `combine`: known(t, y, parameters) + network(t, y, args), shaped like y."""
+    return jax.tree.map(jnp.add, known(t, y, parameters), network(t, y, args))
+
+
+class HybridODE(AbstractODE):
+    """Known equations plus a network. One example in, one trajectory out; see the module for the
+    equation.
+
+    Args:
+        known: `known(t, y, parameters) -> dy`, shaped like the state: any diffrax vector field
+            whose `args` are its parameters.
+        network: `network(t, y, args)`, such as `nde.fields.MLPField`; `None` for the known
+            equations alone.
+        parameters: PyTree of physical parameters: numbers or arrays, `Positive`, `Bounded`,
+            `Frozen`. `known` sees their physical values.
+        combine: `combine(known, network, t, y, parameters, args) -> dy`, shaped like the state. For
+            a network inside the known equations, such as a transmission rate, `lambda known,
+            network, t, y, p, args: known(t, y, p | {"rate": jax.nn.softplus(network(t, y,
+            args)[0])})`.
+        solver: How one step is taken, a `diffrax` solver.
+        stepsize_controller: How long a step is, a `diffrax` step-size controller.
+        adjoint: How gradients are taken.
+        dt0: First step, in the unit of `ts`; `None` lets the controller choose.
+        max_steps: Largest number of attempted steps of one solve.
+
+    Raises:
+        ValueError: for parts or numerics that can never work, and, at a call, for input that cannot
+            be solved.
+    """
+
+    known: Callable
+    network: Callable | None
+    parameters: PyTree[Any] = eqx.field(converter=lambda tree: _floating_leaves(tree))
+    combine: Callable = eqx.field(default=additive, kw_only=True)
+
+    def __check_init__(self):
+        check_callable("known", self.known, "(t, y, parameters)")
+        if self.network is not None:
+            check_callable("network", self.network, "(t, y, args)")
+            check_callable("combine", self.combine, "(known, network, t, y, parameters, args)")
+
+    def vector_field(self, t: Float[Array, ""], y: PyTree, args: PyTree[Any]) -> PyTree:
+        """The rate of change at time `t`, shape (), and state `y`; shaped like `y`."""
+        parameters = self.physical_parameters()
+        if self.network is None:
+            return self.known(t, y, parameters)
+        return self.combine(self.known, self.network, t, y, parameters, args)
+
+    def physical_parameters(self) -> PyTree[Float[Array, "..."]]:
+        """The parameters by name, in physical units and the shapes they were made with."""
+        return jax.tree.map(
+            lambda leaf: leaf.value if _is_parameter(leaf) else leaf,
+            self.parameters,
+            is_leaf=_is_parameter,
+        )
+
+    def __call__(
+        self, ts: Float[Array, " times"], y0: PyTree[Float[Array, "..."]], args: PyTree[Any] = None
+    ) -> PyTree[Float[Array, "times ..."]]:
+        """The states at `ts`, shape (times, ...) for every leaf of `y0`."""
+        return self.solve(ts, y0, args).ys
+
+    def solve(
+        self,
+        ts: Float[Array, " times"],
+        y0: PyTree[Float[Array, "..."]],
+        args: PyTree[Any] = None,
+        *,
+        throw: bool = True,
+    ) -> diffrax.Solution:
+        """The same solve with its `.stats` and `.result`.
+
+        Args:
+            ts: Times, shape (times,), ordered; the solve runs from the first to the last.
+            y0: State at `ts[0]`, an array or a PyTree of arrays, of any shape.
+            args: Passed to the network.
+            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
+                was not reached.
+
+        Raises:
+            ValueError: if `ts`, `y0` or what the equations return cannot be solved.
+        """
+        return solve_ode(self, ts, y0, args, throw=throw)
+
+
+def _is_parameter(node: Any) -> bool:
+    return isinstance(node, AbstractParameter)
+
+
+def _floating(value: ArrayLike) -> Float[Array, "..."]:
+    """A strongly typed floating array: a Python number would change its type at the first
+    update."""
+    dtype = value.dtype if eqx.is_inexact_array(value) else jnp.result_type(float)
+    return jnp.asarray(value, dtype=dtype)
+
+
+def _floating_leaves(tree: PyTree) -> PyTree:
+    """Numbers and number arrays become floating arrays, so that whatever is not `Frozen` trains."""
+    return jax.tree.map(
+        lambda leaf: (
+            leaf if _is_parameter(leaf) or not eqx.is_array_like(leaf) else _floating(leaf)
+        ),
+        tree,
+        is_leaf=_is_parameter,
+    )
+
+
+def _check_range(name: str, value: ArrayLike, low: float, high: float) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    inside = (np.asarray(value) > low) & (np.asarray(value) < high)
+    if not inside.all():
+        raise ValueError(
+            f"`value` of {name} is {value}; it must be strictly between {low} and {high}."
+        )

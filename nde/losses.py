@@ -1,0 +1,145 @@
+"""Losses, and what a loss over trajectories needs: masks that are safe to differentiate, and a
+growing horizon.
+
+A mask says which entries count. A masked entry is replaced *before* the arithmetic: 0 * nan is nan,
+and so is its gradient. A mask without a true entry gives nan, which `nde.fit` reports: nothing to
+learn from must not look like a loss of zero.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+
+__all__ = ["growing_horizon", "log_mse", "mse", "trajectory"]
+
+
+def mse(
+    prediction: Float[Array, "*shape"],
+    target: Float[Array, "*shape"],
+    mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, ""]:
+    """Mean squared error.
+
+    Args:
+        prediction: Any shape.
+        target: The same shape.
+        mask: The entries that count: the leading axes of `prediction`, such as (examples, times).
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"`prediction` has shape {prediction.shape} but `target` has shape {target.shape}; "
+            "give one target for every prediction."
+        )
+    if mask is None:
+        return jnp.mean((prediction - target) ** 2)
+    if mask.shape != target.shape[: mask.ndim]:
+        raise ValueError(
+            f"`mask` has shape {mask.shape} but `target` has shape {target.shape}; "
+            f"a mask has the leading axes, {target.shape[: mask.ndim]}."
+        )
+    mask = jnp.expand_dims(mask, tuple(range(mask.ndim, target.ndim)))
+    mask = jnp.broadcast_to(mask, target.shape)
+    error = jnp.where(mask, prediction, 0.0) - jnp.where(mask, target, 0.0)
+    return jnp.sum(error**2) / jnp.sum(mask, dtype=error.dtype)
+
+
+def log_mse(
+    prediction: Float[Array, "*shape"],
+    target: Float[Array, "*shape"],
+    mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, ""]:
+    """Mean squared error of the logarithms: log-normal errors, for positive quantities over several
+    orders of magnitude.
+
+    Its square root is close to the typical relative error. Arguments and errors as in `mse`; a
+    prediction that is not positive gives nan.
+    """
+    if mask is not None:
+        prediction, target = (
+            jnp.where(jnp.expand_dims(mask, tuple(range(mask.ndim, values.ndim))), values, 1.0)
+            for values in (prediction, target)
+        )
+    return mse(jnp.log(prediction), jnp.log(target), mask)
+
+
+def growing_horizon(
+    ts: Float[Array, " times"], fraction: ArrayLike
+) -> tuple[Float[Array, " times"], Bool[Array, " times"]]:
+    """The first `fraction` of a series at a fixed shape: the rest repeats the last time reached.
+
+    A model that is trained on all of an oscillating series at once settles on its mean. Trained on
+    a short beginning that grows, it follows the oscillation. The shape never changes, so nothing is
+    compiled again, and the solve ends at the horizon, so it costs what it covers.
+
+    Args:
+        ts: Times, shape (times,), ordered.
+        fraction: Of the intervals, in (0, 1]; may be traced. At least one interval is kept.
+
+    Returns:
+        The times to solve at, and the mask of those that count, both of shape (times,).
+    """
+    last = ts.shape[0] - 1
+    # Rounding up must not be undone by round-off: 0.1 * 50 is 5.000000001 in some precisions.
+    reached = jnp.ceil(jnp.asarray(fraction, dtype=float) * last - 1e-3)
+    reached = jnp.clip(reached.astype(int), min(1, last), last)
+    seen = jnp.arange(ts.shape[0]) <= reached
+    return jnp.where(seen, ts, ts[reached]), seen
+
+
+def trajectory(
+    model: Any,
+    batch: Any,
+    key: PRNGKeyArray,
+    *,
+    error: Callable = mse,
+    horizon: Callable | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of an ODE model that starts at the first observation and should meet the others.
+
+    Give it to `nde.fit` as it is, or with its options bound:
+    `functools.partial(losses.trajectory, horizon=optax.linear_schedule(0.1, 1.0, 500))`.
+
+    A solve that fails does not count and reaches no gradient; `nde.fit` stops when more than a
+    tenth of them do.
+
+    Args:
+        model: An ODE model: `model.solve(ts, y0, throw=False)`.
+        batch: An `nde.train.Batch` whose data is `(ts, ys)`, shapes (examples, times) and
+            (examples, times, ...).
+        key: Not used: the loss draws nothing.
+        error: `error(prediction, target, mask) -> scalar`, with arrays (examples, times - 1, ...)
+            and a mask (examples, times - 1): `mse`, `log_mse`.
+        horizon: `horizon(step) -> fraction` of the series to train on, see `growing_horizon`: any
+            optax schedule.
+
+    Returns:
+        The error, and as metrics the fraction of solves that `failed` and, where the adjoint counts
+        them, `nfe`: the mean number of vector-field evaluations.
+    """
+    ts, ys = batch.data
+    seen = jnp.ones(ts.shape, dtype=bool)
+    if horizon is not None:
+        ts, seen = jax.vmap(growing_horizon, in_axes=(0, None))(ts, horizon(batch.step))
+
+    def solve(ts, y0):
+        solution = model.solve(ts, y0, throw=False)
+        return solution.ys, solution.result != diffrax.RESULTS.successful, solution.stats
+
+    predicted, failed, stats = jax.vmap(solve)(ts, ys[:, 0])
+    mask = seen & (batch.mask & ~failed)[:, None]
+    metrics = {"failed": _mean(failed, batch.mask)}
+    if "nfe" in stats:
+        metrics["nfe"] = _mean(stats["nfe"], batch.mask)
+    return error(predicted[:, 1:], ys[:, 1:], mask[:, 1:]), metrics
+
+
+def _mean(values: Array, mask: Bool[Array, " examples"]) -> Float[Array, ""]:
+    values = values.astype(float)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask, dtype=float)

@@ -1,0 +1,94 @@
+r"""The neural ordinary differential equation.
+
+    dy/dt = f(t, y, args),    y(ts[0]) = y0,    output y(ts)
+
+With `augment=p` the state is lifted to (y, a), a in R^p, a(ts[0]) = 0, and the output is its y. The
+flow of an ODE is a homeomorphism, so in its own dimension it cannot represent x -> -x on a line or
+separate nested rings; in a few more it can.
+
+In code:    f -> vector_field    (y, a) -> the state that `vector_field` sees
+Not for:    observations where trajectories cross (a second-order or augmented model), noise (an
+SDE).
+Reference:  Neural Ordinary Differential Equations (2018) | arXiv:1806.07366
+            Augmented Neural ODEs (2019) | arXiv:1904.01681
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from nde._protocol import AbstractODE, solve_ode
+
+__all__ = ["NeuralODE"]
+
+
+class NeuralODE(AbstractODE):
+    """One example in, one trajectory out; `jax.vmap` is the batch. See the module for the equation.
+
+    Args:
+        vector_field: `vector_field(t, y, args) -> dy`, shaped like the state:
+            `nde.fields.MLPField`, or any function or Module. Its floating arrays are what `nde.fit`
+            trains.
+        augment: Channels appended to the state, zero at the start and left out of the output. Needs
+            a state of shape (channels,); the vector field then sees (channels + augment,).
+        solver: How one step is taken, a `diffrax` solver.
+        stepsize_controller: How long a step is, a `diffrax` step-size controller.
+        adjoint: How gradients are taken.
+        dt0: First step, in the unit of `ts`; `None` lets the controller choose.
+        max_steps: Largest number of attempted steps of one solve.
+
+    Raises:
+        ValueError: for numerics that can never work, and, at a call, for input that cannot be
+            solved.
+
+    Example:
+        >>> field = nde.fields.MLPField(2, width=64, depth=2, key=jax.random.key(0))
+        >>> model = nde.NeuralODE(field)
+        >>> ys = model(ts, y0)                                      # (times,), (2,) -> (times, 2)
+        >>> batch = jax.vmap(model, in_axes=(None, 0))(ts, y0s)     # (examples, times, 2)
+    """
+
+    vector_field: Callable
+    augment: int = eqx.field(default=0, kw_only=True, static=True)
+
+    def __call__(
+        self, ts: Float[Array, " times"], y0: PyTree[Float[Array, "..."]], args: PyTree[Any] = None
+    ) -> PyTree[Float[Array, "times ..."]]:
+        """The states at `ts`, shape (times, ...) for every leaf of `y0`."""
+        return self.solve(ts, y0, args).ys
+
+    def solve(
+        self,
+        ts: Float[Array, " times"],
+        y0: PyTree[Float[Array, "..."]],
+        args: PyTree[Any] = None,
+        *,
+        throw: bool = True,
+    ) -> diffrax.Solution:
+        """The same solve with its `.stats` and `.result`.
+
+        Args:
+            ts: Times, shape (times,), ordered; the solve runs from the first to the last.
+            y0: State at `ts[0]`, an array or a PyTree of arrays, of any shape.
+            args: Passed to the vector field.
+            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
+                was not reached.
+
+        Raises:
+            ValueError: if `ts`, `y0` or what the vector field returns cannot be solved.
+        """
+        if not self.augment:
+            return solve_ode(self, ts, y0, args, throw=throw)
+        if not eqx.is_array(y0) or jnp.ndim(y0) != 1:
+            shapes = jax.tree.map(jnp.shape, y0)
+            raise ValueError(f"`y0` is {shapes}; `augment` needs one array of shape (channels,).")
+        lifted = jnp.pad(y0, (0, self.augment))
+        channels = y0.shape[0]
+        return solve_ode(
+            self, ts, lifted, args, throw=throw, readout=lambda t, y, args: y[:channels]
+        )

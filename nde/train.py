@@ -1,0 +1,300 @@
+"""Training: one compiled step, called until it is enough.
+
+    loss, gradient, update -> the new model if everything is finite, else the old one
+
+A step whose loss, gradient or update is not finite changes neither the model nor the optimizer: the
+run equals the one in which that step did not happen. Its batch and its random key are spent. The
+decision is part of the compiled step, so nothing waits for the host; losses and metrics are fetched
+every few steps.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from nde._batching import ArrayBatches, Batch, IteratorBatches, make_batches
+from nde._history import History, Reports
+from nde._protocol import check_key
+from nde._training_step import initial_state, leaf_paths, make_step, reasons, strongly_typed
+from nde.hybrid import Frozen
+
+__all__ = ["Batch", "History", "NonFiniteError", "fit", "multi_start"]
+
+MOST_FAILED = 0.1  # of the solves of a batch
+FIXED = (
+    diffrax.AbstractSolver,
+    diffrax.AbstractStepSizeController,
+    diffrax.AbstractAdjoint,
+    Frozen,
+)
+
+
+class NonFiniteError(FloatingPointError):
+    """Data or training that is not finite.
+
+    Args:
+        message: What was found, where, and what to do.
+        model: The last good model; `None` if training had not begun.
+        history: The `History` up to the error; `None` if training had not begun.
+    """
+
+    def __init__(self, message: str, model: Any = None, history: History | None = None):
+        super().__init__(message)
+        self.model, self.history = model, history
+
+
+def fit(
+    model: PyTree,
+    loss: Callable,
+    data: PyTree | Iterator,
+    *,
+    optim: optax.GradientTransformation,
+    steps: int,
+    batch_size: int | None = None,
+    frozen: Callable | None = None,
+    max_skips: int = 10,
+    progress: bool = True,
+    key: PRNGKeyArray,
+) -> tuple[Any, History]:
+    """Train a model: any PyTree whose floating arrays are to be learned.
+
+    Everything is compiled once. Not trained are the arrays inside solvers, step-size controllers,
+    adjoints and `nde.hybrid.Frozen`.
+
+    Args:
+        model: A model, or a tuple or dict of models and arrays (such as a model and its initial
+            state).
+        loss: `loss(model, batch, key) -> scalar`, or `(scalar, metrics)` with a dict of scalars.
+            `batch` is a `Batch`: `batch.data` as in `data`, `batch.mask` (True where an example
+            counts) and `batch.step`. A metric `nfe` is shown in the progress; a metric `failed`,
+            the fraction of solves that failed, stops training above 0.1.
+        data: PyTree of arrays with a leading example axis, or an iterator of such batches.
+        optim: An optax optimizer.
+        steps: Number of steps.
+        batch_size: Examples per step, in an order that is new in every epoch; `None` for all of
+            them, in their own order.
+        frozen: `frozen(model)` gives what is not trained: a node or a tuple of nodes, as `where` in
+            `equinox.tree_at`.
+        max_skips: Steps in a row that may be skipped because something was not finite, before
+            training stops.
+        progress: Whether to show progress: a bar if tqdm is installed, lines otherwise.
+        key: Of the order of the examples and of the keys given to `loss`.
+
+    Returns:
+        The trained model and its `History`.
+
+    Raises:
+        ValueError: for arguments that do not fit, a loss that is not a floating scalar, a gradient
+            that is zero.
+        NonFiniteError: for data that are not finite, and after `max_skips` skipped steps in a row;
+            it holds the last good model.
+        RuntimeError: if more than a tenth of the solves of a batch fail.
+    """
+    job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
+    params, fixed, static = _split(model, frozen)
+    params, columns, compile_seconds = _train(job, params, fixed, static)
+    return eqx.combine(params, fixed, static), History(columns, compile_seconds)
+
+
+def multi_start(
+    make_model: Callable,
+    loss: Callable,
+    data: PyTree | Iterator,
+    *,
+    starts: int,
+    optim: optax.GradientTransformation,
+    steps: int,
+    batch_size: int | None = None,
+    frozen: Callable | None = None,
+    max_skips: int = 10,
+    progress: bool = True,
+    key: PRNGKeyArray,
+) -> tuple[list[Any], list[History]]:
+    """Train from several starting points, for losses with many local minima (oscillations, few
+    data).
+
+    The starts train side by side in one compiled step, on the same batches. One that diverges stops
+    alone. Starts that agree in the loss and not in the forecast show what the data do not
+    determine.
+
+    Args:
+        make_model: `make_model(key) -> model`, called once per start; only the values of its arrays
+            may differ.
+        starts: Number of starting points.
+        loss: As in `fit`, like every other argument.
+
+    Returns:
+        The models and their histories, best first, by the mean loss of the last tenth of the steps.
+
+    Raises:
+        ValueError, NonFiniteError, RuntimeError: as `fit`, if it concerns every start.
+    """
+    if not isinstance(starts, int) or starts < 1:
+        raise ValueError(f"`starts` is {starts!r}; it must be an integer >= 1.")
+    check_key(key)
+    model_key, key = jax.random.split(key)
+    job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
+    parts = [_split(make_model(k), frozen) for k in jax.random.split(model_key, starts)]
+    params, fixed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[:2] for part in parts))
+    static = parts[0][2]
+    params, columns, compile_seconds = _train(job, params, fixed, static, jax.vmap)
+    found = []
+    for i in range(starts):
+        arrays = jax.tree.map(lambda leaf, i=i: leaf[i], (params, fixed))
+        rows = {
+            name: column if column.ndim == 1 else column[:, i] for name, column in columns.items()
+        }
+        found.append((eqx.combine(*arrays, static), History(rows, compile_seconds)))
+    models, histories = zip(*sorted(found, key=lambda pair: pair[1].final_loss), strict=True)
+    return list(models), list(histories)
+
+
+class _Job(NamedTuple):
+    loss: Callable
+    batches: ArrayBatches | IteratorBatches
+    optim: optax.GradientTransformationExtraArgs
+    steps: int
+    max_skips: int
+    progress: bool
+    key: PRNGKeyArray
+
+
+def _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key) -> _Job:
+    """Check what can be checked before a model is looked at."""
+    check_key(key)
+    for name, value, least in (("steps", steps, 0), ("max_skips", max_skips, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` is {value!r}; it must be an integer >= {least}.")
+    if not isinstance(optim, optax.GradientTransformation):
+        raise ValueError(f"`optim` is {optim!r}, not an optimizer; write optax.adam(1e-3).")
+    order_key, loss_key = jax.random.split(key)
+    batches = make_batches(data, batch_size, order_key)
+    if isinstance(batches, ArrayBatches):
+        _check_finite(data)
+    return _Job(
+        loss, batches, optax.with_extra_args_support(optim), steps, max_skips, progress, loss_key
+    )
+
+
+def _split(model: PyTree, frozen: Callable | None) -> tuple[PyTree, PyTree, PyTree]:
+    """The trained arrays, the other arrays, and everything that is not an array."""
+
+    def is_fixed(node):
+        return isinstance(node, FIXED)
+
+    def trains(node):
+        if is_fixed(node):
+            return jax.tree.map(lambda leaf: False, node)
+        return eqx.is_array(node) and bool(jnp.issubdtype(node.dtype, jnp.floating))
+
+    mask = jax.tree.map(trains, model, is_leaf=is_fixed)
+    if frozen is not None:
+        mask = eqx.tree_at(
+            frozen, mask, replace_fn=lambda node: jax.tree.map(lambda _: False, node)
+        )
+    params, rest = eqx.partition(model, mask)
+    if not jax.tree.leaves(params):
+        raise ValueError(
+            f"`model` has nothing to train: of its leaves {leaf_paths(model)} none is a floating "
+            "array that is not frozen."
+        )
+    fixed, static = eqx.partition(rest, eqx.is_array)
+    return strongly_typed(params), fixed, static
+
+
+def _train(
+    job: _Job,
+    params: PyTree,
+    fixed: PyTree,
+    static: PyTree,
+    lift: Callable = lambda function, in_axes: function,
+) -> tuple[PyTree, dict[str, np.ndarray], float]:
+    """Compile and run all steps: the parameters, the columns, the seconds of compiling."""
+    if not job.steps:
+        return params, {}, 0.0
+    step = make_step(job.loss, job.optim, static, job.batches.assemble, job.max_skips)
+    step = lift(step, (0, 0, None, None, None))
+    state = lift(functools.partial(initial_state, job.optim), (0,))(params)
+
+    def arguments(state, index):
+        return state, fixed, job.batches.payload(index), np.int32(index), job.key
+
+    began, first = time.perf_counter(), arguments(state, 0)
+    compiled = jax.jit(step).lower(*first).compile()
+    compile_seconds = time.perf_counter() - began
+
+    reports = Reports(job.steps, job.progress)
+    every = max(10, job.steps // 100)
+    try:
+        for index in range(job.steps):
+            state, record = compiled(*(arguments(state, index) if index else first))
+            reports.add(record)
+            if index == 0 or (index + 1) % every == 0 or index + 1 == job.steps:
+                for report in reports.fetch():
+                    _check_report(job, *report, params)
+    except NonFiniteError as error:
+        error.model = eqx.combine(state.params, fixed, static)
+        error.history = History(reports.columns(), compile_seconds)
+        raise
+    finally:
+        reports.show.close()
+    return state.params, reports.columns(), compile_seconds
+
+
+def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: PyTree) -> None:
+    """Raise if the record of a step says that no start can go on."""
+    if step == 0 and np.all(record["gradient_norm"] == 0):
+        raise ValueError(
+            "`loss` has a gradient of zero at step 0: it does not depend on what is trained, "
+            f"{leaf_paths(params)}."
+        )
+    failed = float(np.min(record.get("failed", 0.0)))
+    if failed > MOST_FAILED:
+        raise RuntimeError(
+            f"{failed:.0%} of the solves failed at step {step}, more than {MOST_FAILED:.0%}. Raise "
+            "`max_steps`, loosen the "
+            "tolerances, train on a shorter horizon first, or call model.solve on the data to see "
+            "why."
+        )
+    if np.all(record["skips"] >= job.max_skips):
+        what = reasons(params)[int(np.min(record["reason"]))]
+        examples = job.batches.examples(step)
+        where = (
+            f" (examples {examples[:8]}{' and more' if len(examples) > 8 else ''})"
+            if examples
+            else ""
+        )
+        raise NonFiniteError(
+            f"{what} is not finite at step {step}{where}, for {job.max_skips} steps in a row. The "
+            "last good model is in "
+            "`error.model`. Lower the learning rate, clip the gradient "
+            "(optax.clip_by_global_norm), or train on a "
+            "shorter horizon first."
+        )
+
+
+def _check_finite(data: PyTree) -> None:
+    """Raise if an array of the data holds nan or inf, with its path and the examples that do."""
+    for path, leaf in jtu.tree_leaves_with_path(data):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        bad = ~np.isfinite(np.asarray(leaf)).reshape(leaf.shape[0], -1).all(axis=1)
+        if bad.any():
+            examples = np.flatnonzero(bad)
+            raise NonFiniteError(
+                f"`data{jtu.keystr(path)}` is not finite in {examples.size} of {bad.size} "
+                "examples: "
+                f"{examples[:8].tolist()}{' and more' if examples.size > 8 else ''}. Leave them "
+                "out, or fill them in "
+                "and pass a mask as another array of the data."
+            )
