@@ -1,0 +1,71 @@
+"""Writes the measured tables into the pages that quote them: `python benchmarks/report.py`.
+
+A page marks the place with `<!-- name -->` and `<!-- /name -->`, where `results/name.json` exists.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/choosing.md")
+OURS, DEFAULT = "DiscreteAdjoint", "RecursiveCheckpointAdjoint"
+
+
+def ode_gradient(results: dict) -> str:
+    """One row per case: ours, diffrax's default, the best scan, and the ratio to the default."""
+    lines = [
+        "| state, width, batch; steps | `DiscreteAdjoint` | diffrax default | hand-written scan "
+        "| ours / default | compile, ours / default |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in results["cases"]:
+        methods = case["methods"]
+        scans = [entry for name, entry in methods.items() if name.startswith("scan")]
+        scan = min((entry["gradient_ms"] for entry in scans), default=None)
+        claims = {claim["what"]: claim["value"] for claim in case["claims"]}
+        entries = [
+            case["title"],
+            _milliseconds(methods[OURS]["gradient_ms"]),
+            _milliseconds(methods[DEFAULT]["gradient_ms"]),
+            "-" if scan is None else _milliseconds(scan),
+            f"{claims['gradient / diffrax default']:.2f}",
+            f"{claims['compile / diffrax default']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(entries)} |")
+    machine = results["environment"]
+    versions = machine["versions"]
+    lines += [
+        "",
+        f"{machine['processor']}, {machine['cores']} cores, float32, jax {versions['jax']}, diffrax "
+        f"{versions['diffrax']}, {results['date']}. `{results['command']}`",
+    ]
+    return "\n".join(lines)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+TABLES = {"ode_gradient": ode_gradient}
+
+
+def filled(page: str) -> str:
+    """The text of a page with its tables made anew."""
+    for name, table in TABLES.items():
+        results = ROOT / "benchmarks" / "results" / f"{name}.json"
+        text = table(json.loads(results.read_text()))
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        page = marks.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+    return page
+
+
+def main() -> None:
+    """Refreshes every page."""
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

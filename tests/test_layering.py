@@ -1,0 +1,191 @@
+"""The one-way rule: examples, tests, benchmarks -> nde -> nde.solvers -> diffrax and kin -> jax.
+
+The checks read the imports of every file from its syntax tree. Each is shown to fail on a line of
+code that breaks it: a check that cannot fail proves nothing.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Where each module of `nde` stands. It may import what stands lower, or beside it; models (1) do
+# not import each other: what two of them share moves down.
+FLOORS = {
+    **dict.fromkeys(["_protocol", "fields", "paths"], 0),
+    **dict.fromkeys(["ode", "hybrid", "mechanics", "cnf", "latent", "cde", "sde"], 1),
+    **dict.fromkeys(["losses", "regularizers"], 2),
+    **dict.fromkeys(["_batching", "_history", "_training_step", "train", "checkpoint"], 3),
+    **dict.fromkeys(["plot", "doctor", "__init__"], 4),
+}
+MODELS = 1
+NOT_IN_SOLVERS = ("equinox.nn", "optax", "matplotlib", "tqdm", "sklearn", "torch")
+ABOVE = ("examples", "tests", "benchmarks", "docs")
+RUNTIME = {"jax", "equinox", "diffrax", "optax", "optimistix", "lineax", "jaxtyping", "numpy"}
+EXTRAS = {"matplotlib", "tqdm"}
+STACK = {"jax", "jaxlib", "equinox", "diffrax", "optax", "optimistix", "lineax", "jaxtyping"}
+NOT_PUBLIC = ("equinox.internal", "jax.interpreters", "jax.extend")
+KEEPER = "nde.solvers._compat"
+
+
+def under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def module_of(path: Path) -> str:
+    """solvers/brownian/grid.py -> nde.solvers.brownian.grid"""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("nde", *parts) if parts[0] == "solvers" else parts)
+
+
+def used_names(module: str, source: str) -> Iterator[str]:
+    """Full dotted names that are imported, or reached through an imported module."""
+    tree, aliases = ast.parse(source), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+                top = alias.name.split(".")[0]
+                aliases[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{base}.{alias.name}"
+                aliases[alias.asname or alias.name] = f"{base}.{alias.name}"
+    for node in ast.walk(tree):
+        chain = []
+        while isinstance(node, ast.Attribute):
+            chain.insert(0, node.attr)
+            node = node.value
+        if chain and isinstance(node, ast.Name) and node.id in aliases:
+            yield ".".join([aliases[node.id], *chain])
+
+
+def breaches(module: str, source: str) -> set[str]:
+    """What in `source` breaks the rule, were it the module of that name; empty if nothing."""
+    found = set()
+    for name in used_names(module, source):
+        top = name.split(".")[0]
+        if module != KEEPER and not is_public(name):
+            found.add(f"{name} is not public")
+        if not under(module, "nde"):
+            continue
+        if top in ABOVE:
+            found.add(f"{name} stands above the library")
+        elif top not in RUNTIME | EXTRAS | {"nde"} | sys.stdlib_module_names:
+            found.add(f"{name} is not a dependency")
+        if under(module, "nde.solvers"):
+            if any(under(name, banned) for banned in NOT_IN_SOLVERS) or (
+                top == "nde" and name != "nde" and not under(name, "nde.solvers")
+            ):
+                found.add(f"solvers must not know {name}")
+        elif top == "nde" and name.count(".") and not under(name, "nde.solvers"):
+            found |= misplaced(module.split(".")[1], name.split(".")[1])
+    return found
+
+
+def is_public(name: str) -> bool:
+    parts = name.split(".")
+    if parts[0] not in STACK:
+        return True
+    hidden = any(p.startswith("_") and not p.startswith("__") for p in parts)
+    return not hidden and not any(under(name, package) for package in NOT_PUBLIC)
+
+
+def misplaced(here: str, there: str) -> set[str]:
+    """Whether `nde.here` may import `nde.there`."""
+    if there == here or there not in FLOORS or here == "__init__":
+        return set()
+    if FLOORS[there] > FLOORS[here]:
+        return {f"{here} imports {there}, which stands above it"}
+    if FLOORS[there] == FLOORS[here] == MODELS:
+        return {f"{here} imports {there}: models do not import each other"}
+    return set()
+
+
+def files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize(
+    "path", files("nde", "solvers", "examples", "tests", "benchmarks"), ids=name_of
+)
+def test_no_file_breaks_the_one_way_rule(path):
+    assert breaches(module_of(path), path.read_text()) == set()
+
+
+@pytest.mark.parametrize("path", files("nde"), ids=name_of)
+def test_every_module_has_a_floor(path):
+    assert path.stem in FLOORS, f"say in FLOORS where nde/{path.name} stands"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "breach"),
+    [
+        ("nde.solvers.lanes", "import optax", "solvers must not know optax"),
+        ("nde.solvers.lanes", "import equinox as eqx\neqx.nn.MLP", "equinox.nn"),
+        ("nde.solvers.lanes", "from equinox import nn", "equinox.nn"),
+        ("nde.solvers.lanes", "def f():\n    import matplotlib.pyplot", "matplotlib"),
+        ("nde.solvers.lanes", "from nde.fields import MLP", "solvers must not know nde.fields"),
+        ("nde.solvers.brownian.grid", "from ...fields import MLP", "must not know nde.fields"),
+        ("nde.solvers.lanes", "from jax._src import core", "jax._src.core is not public"),
+        ("nde.solvers.lanes", "import jax\njax.interpreters.ad", "not public"),
+        ("nde.solvers.lanes", "from jax.extend.core import Primitive", "not public"),
+        ("nde.ode", "import equinox.internal as eqxi", "equinox.internal is not public"),
+        ("nde.ode", "import equinox as eqx\neqx.internal.while_loop", "not public"),
+        ("tests.numerics.x", "from diffrax._solver import tsit5", "not public"),
+        ("nde.fields", "from nde.ode import NeuralODE", "stands above it"),
+        ("nde.fields", "from nde import train", "stands above it"),
+        ("nde.ode", "from nde.hybrid import HybridODE", "models do not import each other"),
+        ("nde.losses", "from .train import fit", "stands above it"),
+        ("nde.ode", "import pandas", "pandas is not a dependency"),
+        ("nde.ode", "from examples import lynx_hare", "stands above the library"),
+    ],
+)
+def test_the_check_sees_a_breach(module, source, breach):
+    assert any(breach in found for found in breaches(module, source))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("nde.solvers._compat", "from jax.interpreters import ad"),
+        ("nde.solvers.brownian.grid", "from nde.solvers.lanes import Lanes\nimport math"),
+        ("nde.train", "import optax\nfrom nde.ode import NeuralODE\nfrom nde import losses"),
+        ("nde.ode", "import jax\nfrom nde.solvers import DiscreteAdjoint\njax.__version__"),
+        ("benchmarks.x", "import torch\nimport nde"),
+    ],
+)
+def test_the_check_lets_the_rule_pass(module, source):
+    assert breaches(module, source) == set()
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_solvers_cannot_be_imported_as_a_package_of_its_own():
+    result = run_python("import solvers")
+    assert result.returncode != 0
+    assert "ImportError: Import this package as `nde.solvers`" in result.stderr
+
+
+def test_importing_nde_loads_none_of_the_optional_packages():
+    heavy = {"optax", "matplotlib", "tqdm"}
+    result = run_python(f"import sys, nde, nde.solvers; print({heavy} & set(sys.modules))")
+    assert (result.returncode, result.stdout.strip()) == (0, "set()"), result.stderr
+    # The same question after an import that does load one: it can be answered with yes.
+    result = run_python(f"import sys, optax; print({heavy} & set(sys.modules))")
+    assert result.stdout.strip() == "{'optax'}"
