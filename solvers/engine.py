@@ -1,0 +1,268 @@
+"""From a diffrax solve to a lane-aware program, and back to diffrax's final state.
+
+`AbstractSolve` is what the adjoints share: the layout of operands and results, and the forward loop. An
+adjoint adds what it keeps for the backward pass, and the backward pass itself.
+"""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from nde.solvers import forward, lanes
+from nde.solvers.forward import Moving
+from nde.solvers.lanes import Batch, Slot
+from nde.solvers.program import Start, Traced, code, from_code, inner_saves, is_inner, saves
+from nde.solvers.stepper import AbstractStepper
+
+_DIFFERENTIABLE = ("y", "state", "saved_ys")
+_ROWED = ("saved_ts", "saved_ys")
+_NAMES = {"tprev": "`t0`", "t1": "`t1`", "ts": "`SaveAt(ts=...)`", "tnext": "`dt0`"}
+_CONTROLLER = "the step size controller"
+
+
+class Cotangents(NamedTuple):
+    """Of the results of a solve, in all lanes; zeros where nothing depends on one."""
+
+    y: PyTree[Array]
+    state: PyTree[Array]  # the inexact leaves
+    saved_ys: tuple[PyTree[Array] | None, ...]  # None where nothing depends on any row
+
+
+class Gradients(NamedTuple):
+    """Of the operands: lane by lane for the start, summed over lanes for the constants."""
+
+    y: PyTree[Array]
+    state: PyTree[Array]
+    consts: dict[int, Array]
+
+
+class AbstractSolve(abc.ABC):
+    """One traced solve, as a program for `lanes`."""
+
+    adjoint: ClassVar[str]  # for error messages
+
+    def __init__(self, traced: Traced, start: Start, max_steps: int):
+        self.traced, self.max_steps = traced, max_steps
+        self._start = jax.eval_shape(lambda: start)
+        operands = traced.pool.consts + jax.tree.leaves(start)
+        single = Batch((), ((),) * len(operands))
+        out = jax.eval_shape(lambda xs: self._run(xs, single, True), operands)
+        kept = jax.eval_shape(self.keep, out)
+        self._out, self._kept = _bare(out), jax.tree.structure(kept)
+        self.results = _slots(self._out)
+        self.kept = tuple(_slot(x, rowed=True) for x in jax.tree.leaves(kept))
+
+    @abc.abstractmethod
+    def slots(self) -> int | None:
+        """How many states the forward loop keeps."""
+
+    @abc.abstractmethod
+    def keep(self, out: Moving) -> PyTree[Array]:
+        """What the backward pass needs of the forward loop; arrays with rows, then lanes."""
+
+    @abc.abstractmethod
+    def pull_back(
+        self,
+        consts: list[Array],
+        start: Start,
+        batch: Batch,
+        kept: PyTree[Array],
+        ct: Cotangents,
+        wanted: dict[int, Array],
+    ) -> Gradients:
+        """The backward loop. `wanted`: zeros to add the cotangents of constants to."""
+
+    def solve(self, start: Start) -> Moving:
+        out = lanes.solve(self, self.traced.pool.consts + jax.tree.leaves(start))
+        return jax.tree.unflatten(jax.tree.structure(self._out), out)
+
+    # --- what `lanes` asks for ---
+
+    def check_perturbed(self, perturbed: tuple[bool, ...]) -> None:
+        n = len(self.traced.pool.consts)
+        moving = jax.tree.unflatten(jax.tree.structure(self._start), perturbed[n:])
+        names = [name for field, name in _NAMES.items() if any(jax.tree.leaves(getattr(moving, field)))]
+        used = self.traced.differentiable()
+        stray = any(p and i not in used for i, p in enumerate(perturbed[:n]))
+        if stray or any(jax.tree.leaves(moving.controller_state)):
+            names.append(_CONTROLLER)
+        if names:
+            raise ValueError(
+                f"A derivative with respect to {names[0]} was asked for, but {self.adjoint} has none: "
+                "steps carry no gradient. Wrap it in `jax.lax.stop_gradient`, or use "
+                "`adjoint=diffrax.DirectAdjoint()`."
+            )
+
+    def forward(self, operands: list[Array], batch: Batch, keep: bool) -> list[Array]:
+        out = self._run(operands, batch, keep)
+        arrays = jax.tree.leaves(_bare(out)) + (jax.tree.leaves(self.keep(out)) if keep else [])
+        slots = self.results + (self.kept if keep else ())
+        return [_shaped(x, slot, batch.sizes) for x, slot in zip(arrays, slots, strict=True)]
+
+    def backward(self, operands, batch: Batch, kept, cotangents, perturbed) -> list[Array]:
+        n = len(self.traced.pool.consts)
+        consts, start = operands[:n], self._spread(operands, batch)
+        kept = [_flat(x, slot, batch) for x, slot in zip(kept, self.kept, strict=True)]
+        trail = jax.tree.unflatten(self._kept, kept)
+        wanted = {i: _zeros(consts[i], batch, i) for i in range(n) if perturbed[i]}
+        ct = self._cotangents(cotangents, batch, start)
+        out = self.pull_back(consts, start, batch, trail, ct, wanted)
+        states = jax.tree.structure(start.state).flatten_up_to(out.state)
+        moved = [*out.consts.values()]
+        for i, leaf in enumerate(jax.tree.leaves(out.y) + states, start=n):
+            if perturbed[i]:
+                moved.append(batch.gather(leaf, batch.levels[i]))
+        return moved
+
+    # --- layout ---
+
+    def _run(self, operands: list[Array], batch: Batch, keep: bool) -> Moving:
+        consts = operands[: len(self.traced.pool.consts)]
+        start, slots = self._spread(operands, batch), self.slots() if keep else None
+        return forward.run(self.traced, consts, start, batch, self.max_steps, slots)
+
+    def _spread(self, operands: list[Array], batch: Batch) -> Start:
+        n = len(self.traced.pool.consts)
+        pairs = zip(operands[n:], batch.levels[n:], strict=True)
+        full = [batch.spread(x, has) for x, has in pairs]
+        start = jax.tree.unflatten(jax.tree.structure(self._start), full)
+        return start._replace(ts=tuple(jnp.moveaxis(ts, 0, 1) for ts in start.ts))
+
+    def _cotangents(self, given: list[Array | None], batch: Batch, start: Start) -> Cotangents:
+        shown = iter(given)
+        leaves = []
+        for slot in self.results:
+            ct = next(shown) if slot.differentiable else None
+            leaves.append(None if ct is None else _flat(ct, slot, batch))
+        ct = jax.tree.unflatten(jax.tree.structure(self._out), leaves)
+        saved = []
+        for rows, like in zip(ct.saved_ys, self._out.saved_ys, strict=True):
+            wide = lambda x: jnp.zeros((x.shape[0], batch.lanes, *x.shape[2:]), x.dtype)
+            saved.append(_filled(rows, jax.tree.map(wide, like)) if jax.tree.leaves(rows) else None)
+        return Cotangents(_filled(ct.y, start.y), _filled(ct.state, start.state), tuple(saved))
+
+
+def begin(stepper: AbstractStepper, saveat: diffrax.SaveAt, t1: Array, init_state: Any) -> Start:
+    """Where the loop starts, from what diffrax has prepared."""
+    ts = tuple(
+        jnp.zeros((0,), t1.dtype) if sub.ts is None else sub.ts
+        for sub, _ in inner_saves(saveat, init_state)
+    )
+    arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
+    return Start(
+        y=init_state.y,
+        state=stepper.state(init_state.solver_state),
+        made_jump=jnp.asarray(init_state.made_jump),
+        tprev=jnp.asarray(init_state.tprev, t1.dtype),
+        tnext=jnp.asarray(init_state.tnext, t1.dtype),
+        t1=t1,
+        controller_state=arrays(init_state.controller_state),
+        result=code(init_state.result),
+        ts=ts,
+    )
+
+
+def finish(
+    stepper: AbstractStepper, saveat: diffrax.SaveAt, args: Any, t0, t1, init_state: Any,
+    traced: Traced, out: Moving,
+) -> Any:  # fmt: skip
+    """diffrax's final state. Outputs at t0 and t1 are added here, where they cost nothing."""
+    saved = iter(zip(traced.saves, out.saved_ts, out.saved_ys, out.ts_index, strict=True))
+    buffers = []
+    for sub, blank in saves(saveat, init_state):
+        fn = sub.fn
+        ts, ys, row, at_end = blank.ts, blank.ys, int(sub.t0), bool(sub.t1)
+        if is_inner(sub):
+            save, ts, ys, index = next(saved)
+            ts = jnp.where(jnp.isinf(ts), blank.ts, ts)
+            row = save.row(index, out.accepted)
+            if save.times:
+                first, last = save.offset, save.offset + save.times
+                fill = lambda: _write(ts, ys, slice(first, last), t0, fn(t0, out.y, args))
+                ts, ys = jax.lax.cond(t0 == t1, fill, lambda: (ts, ys))
+                row = jnp.where(t0 == t1, last, row)
+            if save.every:
+                there = (out.accepted > 0) & (out.accepted % save.every == 0)
+                row, at_end = jnp.where(there, save.rows, row), at_end and save.every > 1
+        if sub.t0:
+            ts, ys = _write(ts, ys, 0, t0, fn(t0, init_state.y, args))
+        if at_end:
+            ts, ys = _write(ts, ys, row, out.tprev, fn(out.tprev, out.y, args))
+        buffers.append((ts, ys))
+    final = eqx.tree_at(
+        lambda s: [x for _, b in saves(saveat, s) for x in (b.ts, b.ys)],
+        init_state,
+        [x for pair in buffers for x in pair],
+    )
+    fields = {
+        "y": out.y, "tprev": out.tprev, "tnext": out.tnext, "controller_state": out.controller_state,
+        "made_jump": out.made_jump if traced.jumps else init_state.made_jump,
+        "num_steps": out.accepted + out.rejected, "num_accepted_steps": out.accepted,
+        "num_rejected_steps": out.rejected, "result": from_code(out.result),
+    }  # fmt: skip
+    if saveat.solver_state:
+        fields["solver_state"] = stepper.final_state(out.tprev, out.y, out.state)
+    return eqx.tree_at(
+        lambda s: [getattr(s, name) for name in fields],
+        final,
+        list(fields.values()),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _write(ts: Array, ys: PyTree[Array], row, t: Array, y: PyTree[Array]):
+    put = lambda rows, x: rows.at[row].set(jnp.asarray(x, rows.dtype), mode="drop")
+    return put(ts, t), jax.tree.map(put, ys, y)
+
+
+def _bare(out: Moving) -> Moving:
+    return out._replace(tape=None)
+
+
+def _slot(x: Any, rowed: bool = False, differentiable: bool = False) -> Slot:
+    """The layout of an array that was computed with one flat lane."""
+    shape = (x.shape[0], *x.shape[2:]) if rowed else x.shape[1:]
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    return Slot(shape, x.dtype, rowed, differentiable and inexact)
+
+
+def _slots(out: Moving) -> tuple[Slot, ...]:
+    slots = []
+    for name in out._fields:
+        for x in jax.tree.leaves(getattr(out, name)):
+            slots.append(_slot(x, name in _ROWED, name in _DIFFERENTIABLE))
+    return tuple(slots)
+
+
+def _shaped(x: Array, slot: Slot, sizes: tuple[int, ...]) -> Array:
+    """From one flat lane axis to the levels."""
+    axis = 1 if slot.rowed else 0
+    return x.reshape(x.shape[:axis] + sizes + x.shape[axis + 1 :])
+
+
+def _flat(x: Array, slot: Slot, batch: Batch) -> Array:
+    """The inverse of `_shaped`."""
+    axis = 1 if slot.rowed else 0
+    return x.reshape(x.shape[:axis] + (batch.lanes,) + x.shape[axis + len(batch.sizes) :])
+
+
+def _zeros(const: Array, batch: Batch, i: int) -> Array:
+    has, outer = batch.levels[i], batch.outer
+    return jnp.zeros(batch.sizes[:outer] + const.shape[sum(has[:outer]) :], const.dtype)
+
+
+def _filled(ct: PyTree, like: PyTree[Array]) -> PyTree[Array]:
+    """Zeros for what is missing, None for what cannot move."""
+
+    def fill(c, x):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return None
+        return jnp.zeros_like(x) if c is None else c
+
+    leaves, tree = jax.tree.flatten(like)
+    return jax.tree.unflatten(tree, map(fill, tree.flatten_up_to(ct), leaves))

@@ -1,0 +1,96 @@
+r"""One step of an explicit Runge-Kutta method, unrolled from its Butcher tableau.
+
+With stages k_i = f(t_i, y_i) dX over a step [t0, t1],
+
+    y_i = y0 + sum_{j<i} a_ij k_j,    t_i = t0 + c_i (t1 - t0)
+    y1  = y0 + sum_i b_i k_i,         error = sum_i e_i k_i.
+
+In code:    f -> vf, dX -> control, k_i -> ks[i], a, b, e -> `a_lower`, `b_sol`, `b_error`
+Cost:       one evaluation of f per stage; one less when the last stage of a step is the first of the
+            next (FSAL) and its value is handed over; one less again when nothing needs the last stage.
+Reference:  Solving Ordinary Differential Equations I, Hairer, Norsett, Wanner (2008), chapter II
+
+Written as straight-line code the step is differentiated by one `jax.vjp`: no inner loop to checkpoint.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+
+def is_unrolled(solver: diffrax.AbstractSolver) -> bool:
+    """Whether the solver's step is the one that its tableau describes."""
+    cls = type(solver)
+    return (
+        issubclass(cls, diffrax.AbstractERK)
+        and cls.step is diffrax.AbstractERK.step
+        and isinstance(cls.tableau, diffrax.ButcherTableau)
+    )
+
+
+def combine(y0: PyTree[Array] | None, weights: Sequence[float], ks: list[PyTree[Array]]) -> PyTree:
+    """y0 + sum_i weights_i k_i, without the terms whose weight is zero."""
+    terms = [(float(w), k) for w, k in zip(weights, ks, strict=False) if w != 0]
+    if not terms:
+        return jax.tree.map(jnp.zeros_like, ks[0]) if y0 is None else y0
+    scaled = [jax.tree.map(lambda x, w=w: w * x, k) for w, k in terms]
+    total = scaled[0]
+    for k in scaled[1:]:
+        total = jax.tree.map(jnp.add, total, k)
+    return total if y0 is None else jax.tree.map(jnp.add, y0, total)
+
+
+def needed_stages(tableau: diffrax.ButcherTableau) -> int:
+    """How many stages the solution itself depends on (6 of the 7 of Tsit5)."""
+    return int(np.flatnonzero(tableau.b_sol)[-1]) + 1
+
+
+def stages(
+    tableau: diffrax.ButcherTableau,
+    terms: diffrax.AbstractTerm,
+    t0: Array,
+    t1: Array,
+    y0: PyTree[Array],
+    args: Any,
+    f0: PyTree[Array] | None,
+    count: int,
+) -> tuple[list[PyTree[Array]], PyTree[Array], PyTree[Array] | None]:
+    """The first `count` stages.
+
+    Args:
+        f0: the vector field at (t0, y0) if it is known already, else None.
+
+    Returns:
+        The stages k_i, the argument y_i of the last of them, and the vector field there (None where
+        only the product with the control was formed).
+    """
+    control = terms.contr(t0, t1)
+    whole = tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
+    ks, yi, fi = [], y0, f0
+    for i in range(count):
+        if i > 0:
+            c = float(tableau.c[i - 1])
+            ti = t1 if c == 1.0 else t0 + c * (t1 - t0)
+            yi, fi = combine(y0, tableau.a_lower[i - 1], ks), None
+        else:
+            ti = t0
+        if whole:
+            fi = terms.vf(ti, yi, args) if fi is None else fi
+            ks.append(terms.prod(fi, control))
+        else:
+            ks.append(terms.vf_prod(ti, yi, args, control))
+    return ks, yi, fi
+
+
+def solution(
+    tableau: diffrax.ButcherTableau, y0: PyTree[Array], ks: list[PyTree[Array]], y_last: PyTree
+) -> PyTree[Array]:
+    """y1. Where the last stage stands at y1 the two are one number, to the last bit."""
+    if tableau.ssal and len(ks) == tableau.num_stages:
+        return y_last
+    return combine(y0, tableau.b_sol, ks)

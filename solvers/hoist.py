@@ -1,0 +1,51 @@
+"""Closure conversion: a Python function becomes a closed computation and the arrays it uses.
+
+A vector field may be a module full of parameters, a lambda that closes over a traced value, or both.
+Tracing it once shows every array that it depends on, wherever it came from. Those arrays, each once,
+are the `Pool`; they become operands of the loop, where they can be batched and differentiated.
+What a function does not use never enters the pool, and costs nothing on the way back.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from nde.solvers._compat import eval_jaxpr
+
+
+class Hoisted(NamedTuple):
+    """A traced function: `hoisted(consts, *args)`, where `consts` are the pool's arrays in order."""
+
+    jaxpr: Any
+    uses: tuple[int, ...]  # which arrays of the pool the function depends on
+    out_tree: Any
+
+    def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
+        out = eval_jaxpr(self.jaxpr, [consts[i] for i in self.uses], *jax.tree.leaves(args))
+        return jax.tree.unflatten(self.out_tree, [jnp.asarray(x) for x in out])
+
+
+class Pool:
+    """The arrays that some traced functions close over, each kept once."""
+
+    def __init__(self) -> None:
+        self.consts: list[Any] = []
+        self._index: dict[int, int] = {}
+
+    def hoist(self, fn: Callable[..., PyTree], *examples: PyTree) -> Hoisted:
+        """Traces `fn` at the shapes of `examples`."""
+        leaves, tree = jax.tree.flatten(examples)
+        closed, out = jax.make_jaxpr(
+            lambda *flat: fn(*jax.tree.unflatten(tree, flat)), return_shape=True
+        )(*leaves)
+        uses = tuple(self._add(const) for const in closed.consts)
+        return Hoisted(closed.jaxpr, uses, jax.tree.structure(out))
+
+    def _add(self, const: Any) -> int:
+        if id(const) not in self._index:
+            self._index[id(const)] = len(self.consts)
+            self.consts.append(const)
+        return self._index[id(const)]

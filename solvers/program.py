@@ -1,0 +1,231 @@
+"""A diffrax solve, traced: what the forward and backward loops of an adjoint run on.
+
+diffrax hands an adjoint its terms, solver, controller and first state. Here these become a few closed
+functions of one lane (`hoist`) and a record of arrays to start from, and nothing else: the loops of
+`forward` and `replay` know no diffrax.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from nde.solvers._compat import prevbefore
+from nde.solvers.hoist import Hoisted, Pool
+from nde.solvers.stepper import AbstractStepper
+
+
+class Start(NamedTuple):
+    """Where the loop begins. Only `y` and `state` may carry a gradient."""
+
+    y: PyTree[Array]
+    state: PyTree[Array]
+    made_jump: Array
+    tprev: Array
+    tnext: Array
+    t1: Array
+    controller_state: PyTree[Array]
+    result: Array
+    ts: tuple[Array | None, ...]  # one per `SubSaveAt` that is filled in the loop
+
+
+class Step(NamedTuple):
+    """What one attempt leads to, in one lane; the state is that of a step which is accepted."""
+
+    keep: Array
+    y: PyTree[Array]
+    state: PyTree[Array]
+    cache: PyTree[Array]
+    made_jump: Array
+    tprev: Array
+    tnext: Array
+    controller_state: PyTree[Array]
+    result: Array
+    dense_info: PyTree[Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Save:
+    """One `SubSaveAt`, as far as it is filled inside the loop.
+
+    Rows are written in the order of time: after `offset` rows (the one at t0), save time i of a lane
+    that has accepted k steps before goes to row `offset + i + k // every`.
+    """
+
+    rows: int
+    offset: int
+    times: int
+    every: int  # every so many steps; 0: not
+    at_time: Hoisted | None  # (t0, t1, dense_info, t) -> output
+    at_step: Hoisted | None  # (t, y) -> output
+    out: PyTree[jax.ShapeDtypeStruct]
+
+    def row(self, index: Array, accepted: Array) -> Array:
+        return self.offset + index + (accepted // self.every if self.every else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """The closed functions of a solve, and what is known about it before any number is."""
+
+    pool: Pool
+    attempt: Hoisted  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Step
+    advance: Hoisted  # (y, state, t0, t1, made_jump) -> (y, state, dense_info)
+    cache: Hoisted  # (t, y) -> cache
+    saves: tuple[Save, ...]
+    uniform: bool  # steps are never rejected: all lanes stand at the same step
+    jumps: bool  # the field may jump between steps
+
+    def differentiable(self) -> set[int]:
+        """The constants that the solution depends on, and not only its steps."""
+        functions = [self.advance, self.cache]
+        for save in self.saves:
+            functions += [f for f in (save.at_time, save.at_step) if f is not None]
+        return {i for f in functions for i in f.uses}
+
+
+def trace(
+    stepper: AbstractStepper,
+    controller: diffrax.AbstractStepSizeController,
+    saveat: diffrax.SaveAt,
+    init_state: Any,
+    start: Start,
+    fresh_jumps: bool,
+) -> Traced:
+    """Traces a solve at the shapes of `start`."""
+    pool = Pool()
+    uniform, jumps = _controller_habits(stepper, controller, start)
+    jumps = jumps or fresh_jumps
+    bit = lambda jump: jump if jumps else False
+    order = stepper.solver.error_order(stepper.terms)
+    subs = inner_saves(saveat, init_state)
+    dense = any(sub.ts is not None for sub, _ in subs)
+
+    def attempt(y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state) -> Step:
+        tried = stepper.attempt(tprev, tnext, y, state, cache, bit(made_jump))
+        finite = _all_finite(tried.y1)
+        guess, y_error = _guarded(y, tried.y1, tried.y_error, finite)
+        keep, t, t_end, jumped, controller_state, result = controller.adapt_step_size(
+            tprev, tnext, y, guess, stepper.args, y_error, order, controller_state
+        )
+        t = jnp.minimum(t, t1)
+        t_end = _clip_to_end(t, t_end, t1, floor, keep)
+        solver_result = diffrax.RESULTS.where(keep, tried.result, diffrax.RESULTS.successful)
+        ok = solver_result == diffrax.RESULTS.successful
+        result = diffrax.RESULTS.where(ok, result, solver_result)
+        # An infinite or undefined state is never a solution, even where no error estimate objects.
+        lost = jnp.asarray(keep) & ~finite
+        result = diffrax.RESULTS.where(lost, diffrax.RESULTS.nonfinite, result)
+        return Step(
+            jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
+            t, t_end, controller_state, code(result), tried.dense_info if dense else None,
+        )  # fmt: skip
+
+    def advance(y, state, t0, t1, made_jump):
+        return stepper.advance(t0, t1, y, state, bit(made_jump), dense)
+
+    tprev, tnext = start.tprev, start.tnext
+    hoisted_cache = pool.hoist(stepper.cache, tprev, start.y)
+    cache = jax.eval_shape(stepper.cache, tprev, start.y)
+    hoisted_attempt = pool.hoist(
+        attempt, start.y, start.state, cache, start.made_jump, tprev, tnext, start.t1, start.t1,
+        start.controller_state,
+    )  # fmt: skip
+    hoisted_advance = pool.hoist(advance, start.y, start.state, tprev, tnext, start.made_jump)
+    info = jax.eval_shape(advance, start.y, start.state, tprev, tnext, start.made_jump)[2]
+    saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
+    return Traced(
+        pool, hoisted_attempt, hoisted_advance, hoisted_cache, saves, uniform, jumps
+    )
+
+
+def code(result: Any) -> Array:
+    """A `diffrax.RESULTS` as an array."""
+    return jnp.asarray(jax.tree.leaves(result)[0])
+
+
+def from_code(result: Array) -> Any:
+    """An array as a `diffrax.RESULTS`."""
+    return jax.tree.unflatten(jax.tree.structure(diffrax.RESULTS.successful), [result])
+
+
+def is_sub(x: Any) -> bool:
+    return isinstance(x, diffrax.SubSaveAt)
+
+
+def saves(saveat: diffrax.SaveAt, state: Any) -> list[tuple[diffrax.SubSaveAt, Any]]:
+    """Every `SubSaveAt` with its output buffers in diffrax's state."""
+    subs, tree = jax.tree.flatten(saveat.subs, is_leaf=is_sub)
+    return list(zip(subs, tree.flatten_up_to(state.save_state), strict=True))
+
+
+def is_inner(sub: diffrax.SubSaveAt) -> bool:
+    """Whether outputs fall inside the loop; those at t0 and t1 are made around it."""
+    return sub.ts is not None or sub.steps != 0
+
+
+def inner_saves(saveat: diffrax.SaveAt, state: Any) -> list[tuple[diffrax.SubSaveAt, Any]]:
+    return [(sub, saved) for sub, saved in saves(saveat, state) if is_inner(sub)]
+
+
+def _trace_save(pool, stepper, sub, saved, start, info) -> Save:
+    evaluate = lambda t0, t1, info, t: sub.fn(
+        t, stepper.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t), stepper.args
+    )
+    at_time = at_step = None
+    if sub.ts is not None:
+        at_time = pool.hoist(evaluate, start.tprev, start.tnext, info, start.t1)
+    if sub.steps != 0:
+        at_step = pool.hoist(lambda t, y: sub.fn(t, y, stepper.args), start.tprev, start.y)
+    out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), saved.ys)
+    times = 0 if sub.ts is None else len(sub.ts)
+    return Save(saved.ts.shape[0], int(sub.t0), times, int(sub.steps), at_time, at_step, out)
+
+
+def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
+    """Whether the controller never rejects a step, and whether it can announce a jump."""
+    habits = []
+
+    def adapt(t0, t1, y, controller_state):
+        keep, _, _, made_jump, *_ = controller.adapt_step_size(
+            t0, t1, y, y, stepper.args, y, 1.0, controller_state
+        )
+        habits.append((keep is True, made_jump is not False))
+
+    jax.eval_shape(adapt, start.tprev, start.tnext, start.y, start.controller_state)
+    return habits[0]
+
+
+def _all_finite(y: PyTree[Array]) -> Array:
+    finite = jnp.array(True)
+    for x in jax.tree.leaves(y):
+        finite &= jnp.all(jnp.isfinite(x))
+    return finite
+
+
+def _guarded(y0, y1, y_error, finite):
+    """The candidate and its error as a controller can use them.
+
+    A trial state that overflows would make the next step size NaN; an infinite error makes it small.
+    """
+    if y_error is None:
+        return y1, None
+    finite &= _all_finite(y_error)
+    guess = jax.tree.map(lambda a, b: jnp.where(finite, a, b), y1, y0)
+    return guess, jax.tree.map(lambda e: jnp.where(finite, e, np.inf), y_error)
+
+
+def end_floor(t1: Array) -> Array:
+    """100 floating-point numbers before t1: a step that ends beyond it ends on t1 (as in diffrax)."""
+    return jax.lax.fori_loop(0, 100, lambda _, t: prevbefore(t), t1)
+
+
+def _clip_to_end(tprev: Array, tnext: Array, t1: Array, floor: Array, keep) -> Array:
+    """Never stops just short of t1: there an accepted step ends on t1, a retried one half-way."""
+    half = tprev + 0.5 * (t1 - tprev)
+    end = jnp.where(jnp.asarray(keep) | (half <= tprev), t1, half)
+    return jnp.where(tnext > floor, end, tnext)

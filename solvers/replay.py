@@ -1,0 +1,236 @@
+r"""The backward loop: replay a chunk of steps from its stored state, then pull back step by step.
+
+With stride m between stored states and n accepted steps, chunk c holds the steps c m .. c m + m - 1:
+
+    for c = last .. 0:
+        y = stored state c m;  replay the chunk, keeping every state          (at most 1 F per step)
+        for k = last of the chunk .. first:
+            add the cotangents of what was saved at or inside step k
+            (ct_y, ct_consts) += transposed derivative of step k              (1 F + 1 B per step)
+
+A lane with fewer steps waits until its own last step comes by. While it waits it evaluates a step of
+its own with cotangent zero. A lane that failed has no step that is safe to evaluate: it borrows the
+data of another lane, and contributes exactly nothing.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+from nde.solvers import tape as tapes
+from nde.solvers.forward import choose
+from nde.solvers.engine import Cotangents
+from nde.solvers.lanes import Batch
+from nde.solvers.program import Save, Traced
+from nde.solvers.tape import Tape
+
+
+class Trail(NamedTuple):
+    """What the forward loop left behind."""
+
+    tape: Tape
+    steps: Int[Array, " lanes"]  # accepted steps; 0 where the solve failed
+    ts_index: tuple[Int[Array, " lanes"], ...]  # how many save times were reached, per `SubSaveAt`
+
+
+class Running(NamedTuple):
+    """The cotangents at the present step, going backwards."""
+
+    y: PyTree[Array]
+    state: PyTree[Array]
+    consts: dict[int, Array]
+    ts_index: tuple[Array, ...]
+
+
+def run(
+    traced: Traced,
+    consts: list[Array],
+    ts: tuple[Array | None, ...],
+    batch: Batch,
+    trail: Trail,
+    cotangents: Cotangents,
+    wanted: dict[int, Array],
+    longest: int,
+) -> Running:
+    """Pulls cotangents back to the initial value and to the constants in `wanted` (zeros to add to).
+
+    `longest`: the longest chunk, known from `max_steps`.
+    """
+    tape, steps = trail.tape, trail.steps
+    slots = jax.tree.leaves(tape.states)[0].shape[0] - 1
+    healthy, donor = steps > 0, jnp.argmax(steps)
+    consts = _borrow(consts, batch, healthy, donor)
+    first = tapes.get(tape.states, jnp.zeros((), jnp.int32))
+    safe = choose(healthy, first, jax.tree.map(lambda x: x[donor][None], first))
+    tape = tape._replace(starts=_lend(tape.starts, healthy, donor), ends=_lend(tape.ends, healthy, donor))
+    most = jnp.max(steps)
+    chunk = tapes.stride(most, slots)
+    pull = _Pull(traced, consts, ts, batch, tape, steps, cotangents, wanted)
+
+    def pull_chunk(i: Array, ct: Running) -> Running:
+        k0 = chunk * ((most - 1) // chunk - i)
+        length = jnp.minimum(chunk, most - k0)
+        state = choose(steps > k0, tapes.get(tape.states, tapes.slot(k0, slots)), safe)
+
+        def replay(j, carry):
+            state, kept = carry
+            kept = tapes.put(kept, j, state)
+            after = pull.advance(k0 + j, state)
+            return choose(k0 + j + 1 < steps, after, state), kept
+
+        carry = (state, tapes.blank(state, longest))
+        state, kept = jax.lax.fori_loop(0, length - 1, replay, carry)
+        kept = tapes.put(kept, length - 1, state)
+        step = lambda j, ct: pull.step(k0 + length - 1 - j, tapes.get(kept, length - 1 - j), ct)
+        return jax.lax.fori_loop(0, length, step, ct)
+
+    failed = lambda ct: choose(healthy, ct, jax.tree.map(jnp.zeros_like, ct))
+    ct = Running(failed(cotangents.y), failed(cotangents.state), wanted, trail.ts_index)
+    chunks = jnp.where(most > 0, (most - 1) // chunk + 1, 0)
+    return jax.lax.fori_loop(0, chunks, pull_chunk, ct)
+
+
+class _Pull:
+    """One step of the backward pass. Holds what does not change from step to step."""
+
+    def __init__(self, traced, consts, ts, batch, tape, steps, cotangents, wanted):
+        self.traced, self.consts, self.ts, self.batch = traced, consts, ts, batch
+        self.tape, self.steps, self.saved = tape, steps, cotangents.saved_ys
+        self.wanted = wanted
+        self._advance = batch.per_lane(traced.advance, range(len(consts)))
+
+    def times(self, k: Array):
+        """Step k of every lane that has one; else its last, or its first."""
+        own = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
+        jump = None if self.tape.jumps is None else tapes.get(self.tape.jumps, own)
+        if jump is None:
+            jump = jnp.zeros(self.steps.shape, bool)
+        return tapes.get(self.tape.starts, own), tapes.get(self.tape.ends, own), jump
+
+    def advance(self, k: Array, state: PyTree[Array]) -> PyTree[Array]:
+        y, inner = state
+        t0, t1, jump = self.times(k)
+        return self._advance(self.consts, y, inner, t0, t1, jump)[:2]
+
+    def step(self, k: Array, state: PyTree[Array], ct: Running) -> Running:
+        """From the cotangents behind step k to those before it."""
+        active = k < self.steps
+        y, inner = state
+        t0, t1, jump = self.times(k)
+        moving, fixed = eqx.partition(inner, eqx.is_inexact_array)
+        ct, ct_dense = self._outputs(k, active, y, inner, t0, t1, jump, ct)
+
+        def advance(consts, x, aux):
+            (y, moving), (fixed, t0, t1, jump) = x, aux
+            out = self.traced.advance(consts, y, eqx.combine(moving, fixed), t0, t1, jump)
+            y1, inner, dense = out
+            return y1, _inexact(inner), dense
+
+        zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+        behind = choose(active, (ct.y, ct.state), zero((ct.y, ct.state)))
+        return self._pulled(
+            advance, (y, moving), (fixed, t0, t1, jump), (*behind, ct_dense), active, ct
+        )
+
+    def _pulled(self, fn, x, aux, ct_out, active, ct: Running) -> Running:
+        ct_consts, (ct_y, ct_state) = self._transpose(fn, self.traced.advance.uses, x, aux, ct_out)
+        y, state = choose(active, (ct_y, ct_state), (ct.y, ct.state))
+        return ct._replace(y=y, state=state, consts=_added(ct.consts, ct_consts))
+
+    def _transpose(self, fn, uses, x, aux, ct_out):
+        wrt = [i in self.wanted and i in uses for i in range(len(self.consts))]
+        pull = self.batch.pull(fn, range(len(self.consts)), wrt)
+        ct_consts, ct_x = pull(self.consts, x, aux, ct_out)
+        return dict(zip([i for i, w in enumerate(wrt) if w], ct_consts, strict=True)), ct_x
+
+    def _outputs(self, k, active, y, inner, t0, t1, jump, ct: Running):
+        """Adds the cotangents of what was saved in step k, and returns those of its dense output."""
+        if all(save.at_time is None and save.at_step is None for save in self.traced.saves):
+            return ct, None
+        y1, _, dense = self._advance(self.consts, y, inner, t0, t1, jump)
+        ct_dense = jax.tree.map(jnp.zeros_like, dense)
+        before = tapes.get(self.tape.ends, jnp.maximum(k - 1, 0))
+        before = jnp.where(k == 0, -jnp.inf, before)
+        for j, save in enumerate(self.traced.saves):
+            if self.saved[j] is None:
+                continue
+            if save.at_step is not None:
+                ct = self._at_step(j, save, k, active, t1, y1, ct)
+            if save.at_time is not None and save.times:
+                ct, ct_dense = self._at_times(j, save, k, active, before, t0, t1, dense, ct, ct_dense)
+        return ct, ct_dense
+
+    def _at_step(self, j, save: Save, k, active, t1, y1, ct: Running) -> Running:
+        due = active & ((k + 1) % save.every == 0)
+        row = jnp.where(due, save.row(ct.ts_index[j], k + 1) - 1, 0)
+        ct_out = _masked(due, tapes.get(self.saved[j], row))
+        at_step = lambda consts, y, t: _inexact(save.at_step(consts, t, y))
+        ct_consts, ct_y = self._transpose(at_step, save.at_step.uses, y1, t1, ct_out)
+        return ct._replace(
+            y=jax.tree.map(jnp.add, ct.y, _masked(due, ct_y)), consts=_added(ct.consts, ct_consts)
+        )
+
+    def _at_times(
+        self, j, save: Save, k, active, before, t0, t1, dense, ct: Running, ct_dense
+    ) -> tuple[Running, PyTree[Array]]:
+        def at_time(consts, dense, aux):
+            t0, t1, t = aux
+            return _inexact(save.at_time(consts, t0, t1, dense, t))
+
+        def last_time(index):
+            t = tapes.get(self.ts[j], jnp.maximum(index - 1, 0))
+            return t, active & (index > 0) & (t > before)
+
+        def cond(carry):
+            return jnp.any(last_time(carry[0])[1])
+
+        def body(carry: tuple[Array, PyTree, dict[int, Array]]):
+            index, ct_dense, ct_all = carry
+            t, due = last_time(index)
+            row = jnp.where(due, save.row(index - 1, jnp.broadcast_to(k, due.shape)), 0)
+            ct_out = _masked(due, tapes.get(self.saved[j], row))
+            aux = (t0, t1, jnp.where(due, t, t1))
+            ct_consts, ct_here = self._transpose(at_time, save.at_time.uses, dense, aux, ct_out)
+            ct_dense = jax.tree.map(jnp.add, ct_dense, _masked(due, ct_here))
+            return index - due.astype(jnp.int32), ct_dense, _added(ct_all, ct_consts)
+
+        index, ct_dense, ct_consts = jax.lax.while_loop(
+            cond, body, (ct.ts_index[j], ct_dense, ct.consts)
+        )
+        ts_index = tuple(index if i == j else n for i, n in enumerate(ct.ts_index))
+        return ct._replace(consts=ct_consts, ts_index=ts_index), ct_dense
+
+
+def _inexact(tree: PyTree) -> PyTree:
+    return eqx.filter(tree, eqx.is_inexact_array)
+
+
+def _added(total: dict[int, Array], part: dict[int, Array]) -> dict[int, Array]:
+    return {i: total[i] + part[i] if i in part else total[i] for i in total}
+
+
+def _masked(where: Bool[Array, " lanes"], ct: PyTree[Array]) -> PyTree[Array]:
+    return choose(where, ct, jax.tree.map(jnp.zeros_like, ct))
+
+
+def _lend(rows: Array, healthy: Array, donor: Array) -> Array:
+    """Gives lanes without a step the first row of the donor."""
+    return rows.at[0].set(jnp.where(healthy, rows[0], rows[0, donor]))
+
+
+def _borrow(consts: list[Array], batch: Batch, healthy: Array, donor: Array) -> list[Array]:
+    """Replaces constants that only failed lanes use by the donor's."""
+    healthy = healthy.reshape(batch.sizes)
+    place = jnp.unravel_index(donor, batch.sizes)
+    out = []
+    for const, has in zip(consts, batch.levels[: len(consts)], strict=True):
+        if any(has) and jnp.issubdtype(const.dtype, jnp.inexact):
+            shared = tuple(i for i, h in enumerate(has) if not h)
+            used = jnp.any(healthy, axis=shared)
+            theirs = const[tuple(p for p, h in zip(place, has, strict=True) if h)]
+            const = choose(used, const, theirs[(None,) * used.ndim])
+        out.append(const)
+    return out

@@ -1,0 +1,212 @@
+"""What the loop needs of a solver: a step to try, and a step to differentiate.
+
+`attempt` is the whole step, error estimate included. `advance` is the part of it that the solution
+depends on; the backward pass repeats and transposes this one. Between steps two things travel:
+
+    state   the solver's own, part of the solution: stored and differentiated (reversible Heun's copy)
+    cache   a value that only saves work, as the last stage of an FSAL method: neither stored nor
+            differentiated, recomputed where the backward pass needs it
+"""
+
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from nde.solvers import explicit_rk
+
+
+class Attempt(NamedTuple):
+    """One tried step. `y_error` is None where the solver has no estimate."""
+
+    y1: PyTree[Array]
+    y_error: PyTree[Array] | None
+    dense_info: PyTree[Array]
+    state: PyTree[Array]
+    cache: PyTree[Array]
+    result: diffrax.RESULTS
+
+
+class AbstractStepper(eqx.Module):
+    """A solver and the terms it is applied to."""
+
+    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+    terms: eqx.AbstractVar[PyTree[diffrax.AbstractTerm]]
+    args: eqx.AbstractVar[Any]
+
+    def state(self, passed: PyTree[Array]) -> PyTree[Array]:
+        """The state to start from, given the one that diffrax has prepared."""
+        raise NotImplementedError
+
+    def cache(self, t: Array, y: PyTree[Array]) -> PyTree[Array]:
+        """The cache at (t, y)."""
+        raise NotImplementedError
+
+    def attempt(self, t0, t1, y0, state, cache, made_jump) -> Attempt:
+        raise NotImplementedError
+
+    def advance(self, t0, t1, y0, state, made_jump, dense: bool) -> tuple[PyTree, PyTree, PyTree]:
+        """(y1, state, dense_info), the last one None unless `dense`."""
+        raise NotImplementedError
+
+    def final_state(self, t, y, state) -> PyTree[Array]:
+        """The state in diffrax's form, for `SaveAt(solver_state=True)`."""
+        raise NotImplementedError
+
+    def evaluations(self, t0, t1, y0, state) -> tuple[int, int]:
+        """Vector-field evaluations: once per solve, and per attempted step.
+
+        A drift and its diffusion count as one. An implicit stage counts once; what its nonlinear
+        solver evaluates besides is not counted.
+        """
+        raise NotImplementedError
+
+
+class UnrolledStepper(AbstractStepper):
+    """An explicit Runge-Kutta method, written out."""
+
+    solver: diffrax.AbstractERK
+    terms: diffrax.AbstractTerm
+    args: Any
+    carries_last_stage: bool = eqx.field(static=True)
+
+    def state(self, passed):
+        del passed  # what diffrax would hand over is the vector field at y0, and is evaluated again
+        return None
+
+    def cache(self, t, y):
+        return self.terms.vf(t, y, self.args) if self.carries_last_stage else None
+
+    def attempt(self, t0, t1, y0, state, cache, made_jump):
+        del state, made_jump  # after a jump the loop has refreshed the cache
+        tableau = self.solver.tableau
+        ks, y_last, f_last = explicit_rk.stages(
+            tableau, self.terms, t0, t1, y0, self.args, cache, tableau.num_stages
+        )
+        y1 = explicit_rk.solution(tableau, y0, ks, y_last)
+        y_error = explicit_rk.combine(None, tableau.b_error, ks)
+        cache = f_last if self.carries_last_stage else None
+        return Attempt(y1, y_error, _dense(y0, y1, ks), None, cache, diffrax.RESULTS.successful)
+
+    def advance(self, t0, t1, y0, state, made_jump, dense):
+        del state, made_jump
+        tableau = self.solver.tableau
+        count = tableau.num_stages if dense else explicit_rk.needed_stages(tableau)
+        ks, y_last, _ = explicit_rk.stages(
+            tableau, self.terms, t0, t1, y0, self.args, None, count
+        )
+        y1 = explicit_rk.solution(tableau, y0, ks, y_last)
+        return y1, None, _dense(y0, y1, ks) if dense else None
+
+    def final_state(self, t, y, state):
+        del state
+        if self.carries_last_stage:
+            return jnp.array(False), self.terms.vf(t, y, self.args)
+        return None
+
+    def evaluations(self, t0, t1, y0, state):
+        stages = self.solver.tableau.num_stages
+        return (1, stages - 1) if self.carries_last_stage else (0, stages)
+
+
+class SolverStepper(AbstractStepper):
+    """Any other diffrax solver, through its own `step`."""
+
+    solver: diffrax.AbstractSolver
+    terms: PyTree[diffrax.AbstractTerm]
+    args: Any
+
+    def state(self, passed):
+        return jax.tree.map(jnp.asarray, passed)
+
+    def cache(self, t, y):
+        return None
+
+    def attempt(self, t0, t1, y0, state, cache, made_jump):
+        y1, y_error, dense_info, state, result = self.solver.step(
+            self.terms, t0, t1, y0, self.args, state, made_jump
+        )
+        return Attempt(y1, y_error, dense_info, state, None, result)
+
+    def advance(self, t0, t1, y0, state, made_jump, dense):
+        y1, _, dense_info, state, _ = self.solver.step(
+            self.terms, t0, t1, y0, self.args, state, made_jump
+        )
+        return y1, state, dense_info if dense else None
+
+    def final_state(self, t, y, state):
+        return state
+
+    def evaluations(self, t0, t1, y0, state):
+        return _evaluations(self.solver, self.terms, self.args, t0, t1, y0, state)
+
+
+def stepper_for(
+    solver: diffrax.AbstractSolver, terms: PyTree[diffrax.AbstractTerm], args: Any, t0, t1, y0
+) -> AbstractStepper:
+    """Chooses how the solver is run."""
+    if not explicit_rk.is_unrolled(solver):
+        return SolverStepper(solver, terms, args)
+    carries = solver.tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
+    return UnrolledStepper(solver, terms, args, carries)
+
+
+def _evaluations(solver, terms, args, t0, t1, y0, state) -> tuple[int, int]:
+    if isinstance(solver, diffrax.HalfSolver):
+        once, step = _evaluations(solver.solver, terms, args, t0, t1, y0, state)
+        return once, 3 * step
+    # Solvers that loop over their stages say how many there are.
+    if issubclass(type(solver), diffrax.AbstractRungeKutta):
+        tableau = solver.tableau
+        if isinstance(tableau, diffrax.MultiButcherTableau):
+            tableau = tableau.tableaus[0]
+        return (1, tableau.num_stages - 1) if tableau.fsal else (0, tableau.num_stages)
+    if issubclass(type(solver), diffrax.AbstractSRK):
+        return 0, len(solver.tableau.b_sol)
+    once = _calls(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
+    step = _calls(lambda terms: solver.step(terms, t0, t1, y0, args, state, False), terms)
+    return once, step
+
+
+def _calls(fn, terms: PyTree[diffrax.AbstractTerm]) -> int:
+    """How often `fn(terms)` evaluates the vector field of the first of the terms."""
+    calls = _Calls()
+    is_leaf = lambda x: isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
+    leaves, tree = jax.tree.flatten(terms, is_leaf=is_leaf)
+    leaves[0] = _CountingTerm(leaves[0], calls)
+    counting = jax.tree.unflatten(tree, leaves)
+    eqx.filter_eval_shape(lambda: fn(counting))
+    return calls.count
+
+
+class _Calls:
+    count = 0
+
+
+class _CountingTerm(diffrax.AbstractTerm):
+    term: diffrax.AbstractTerm
+    calls: _Calls = eqx.field(static=True)
+
+    def vf(self, t, y, args):
+        self.calls.count += 1
+        return self.term.vf(t, y, args)
+
+    def vf_prod(self, t, y, args, control):
+        self.calls.count += 1
+        return self.term.vf_prod(t, y, args, control)
+
+    def contr(self, t0, t1, **kwargs):
+        return self.term.contr(t0, t1, **kwargs)
+
+    def prod(self, vf, control):
+        return self.term.prod(vf, control)
+
+    def is_vf_expensive(self, t0, t1, y, args):
+        return self.term.is_vf_expensive(t0, t1, y, args)
+
+
+def _dense(y0, y1, ks):
+    return dict(y0=y0, y1=y1, k=jax.tree.map(lambda *k: jnp.stack(k), *ks))

@@ -1,0 +1,118 @@
+r"""What the forward loop writes down, one row at a time, for the backward loop to read.
+
+Every accepted step leaves its two end times. States are kept in S slots (S a power of two): all of them
+up to S steps, then every second one, every fourth one, and so on. State k, where it is kept, stands in
+
+    slot(0) = 0,    slot(k) = 1 + (k - 1) mod (S - 1).
+
+So nothing is ever moved: when S slots are full and the stride doubles, the next kept state S 2^(j-1)
++ i 2^j falls on the slot of state (2i + 1) 2^(j-1), which is just the i-th of those no longer wanted
+(subtracting S - 1 strides of 2^(j-1) from the one gives the other, and leaves the remainder as it was).
+
+Rows are either common to all lanes (one index) or each lane's own (an index per lane).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+
+class Tape(NamedTuple):
+    """Accepted steps. Arrays have a row axis, then the lane axis."""
+
+    states: PyTree[Array]  # (slots + 1, lanes, ...); the last row takes what is not kept
+    starts: Array  # (max_steps + 1, lanes)
+    ends: Array
+    jumps: Array | None  # whether the field jumped at the start of the step
+
+
+def slot(k: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
+    """The slot of state k, if it is kept."""
+    return jnp.where(k == 0, 0, 1 + (k - 1) % (slots - 1))
+
+
+def stride(count: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
+    """The distance between kept states once `count` of them have come by."""
+    filled = jnp.maximum(count - 1, 0) // slots  # 0, then 1, 2-3, 4-7, ...: the bit length counts
+    return jnp.left_shift(1, 32 - jax.lax.clz(filled.astype(jnp.int32)))
+
+
+def plan(checkpoints: int, max_steps: int) -> tuple[int, int]:
+    """Slots, and the longest stride that `max_steps` can lead to.
+
+    Both are about sqrt(max_steps) once that is more than `checkpoints`.
+    """
+    root = 1
+    while root * root < max_steps:
+        root *= 2
+    slots = 2
+    while slots < max(min(checkpoints, max_steps), root):
+        slots *= 2
+    longest = 1
+    while slots * longest < max_steps:
+        longest *= 2
+    return slots, longest
+
+
+def blank(tree: PyTree[Array], rows: int) -> PyTree[Array]:
+    """Rows to be written, every one holding `tree` (a valid value, should it ever be read)."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), tree)
+
+
+def put(rows: PyTree[Array], index: Int[Array, "..."], value: PyTree[Array]) -> PyTree[Array]:
+    """Writes `value` to the row `index`; an index per lane writes lane by lane."""
+
+    def write(buffer: Array, x: Array) -> Array:
+        x = x if x.dtype == buffer.dtype else x.astype(buffer.dtype)
+        if jnp.ndim(index) == 0:
+            return jax.lax.dynamic_update_index_in_dim(buffer, x, index, 0)
+        return buffer.at[index, jnp.arange(x.shape[0], dtype=index.dtype)].set(x, mode="drop", unique_indices=True)
+
+    return jax.tree.map(write, rows, value)
+
+
+def get(rows: PyTree[Array], index: Int[Array, "..."]) -> PyTree[Array]:
+    """Reads the row `index`; an index per lane reads lane by lane."""
+
+    def read(buffer: Array) -> Array:
+        if jnp.ndim(index) == 0:
+            return jax.lax.dynamic_index_in_dim(buffer, index, 0, keepdims=False)
+        lanes = jnp.arange(buffer.shape[1], dtype=index.dtype)
+        return buffer.at[index, lanes].get(mode="promise_in_bounds", unique_indices=True)
+
+    return jax.tree.map(read, rows)
+
+
+def start(state: PyTree[Array], t0: Array, t1: Array, jump: Array | None, slots: int, steps: int):
+    """A tape with nothing on it yet."""
+    rows = steps + 1
+    jumps = None if jump is None else blank(jump, rows)
+    return Tape(blank(state, slots + 1), blank(t0, rows), blank(t1, rows), jumps)
+
+
+def record(
+    tape: Tape,
+    k: Int[Array, "..."],
+    accept: Bool[Array, " lanes"],
+    state: PyTree[Array],
+    t0: Array,
+    t1: Array,
+    jump: Array | None,
+) -> Tape:
+    """Notes that step k went from `state` at t0 to t1, in the lanes that accept it.
+
+    With an index common to all lanes, finished lanes write rows that nobody reads.
+    """
+    slots, rows = jax.tree.leaves(tape.states)[0].shape[0] - 1, tape.starts.shape[0] - 1
+    kept = k % stride(k + 1, slots) == 0
+    where, step = jnp.where(kept, slot(k, slots), slots), k
+    if jnp.ndim(k) > 0:
+        where, step = jnp.where(accept, where, slots), jnp.where(accept, k, rows)
+    return Tape(
+        put(tape.states, where, state),
+        put(tape.starts, step, t0),
+        put(tape.ends, step, t1),
+        None if tape.jumps is None else put(tape.jumps, step, jump),
+    )
