@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
+
 from nde.solvers import DiscreteAdjoint
 
 OURS, DEFAULT = "DiscreteAdjoint", "RecursiveCheckpointAdjoint"

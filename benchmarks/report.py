@@ -37,8 +37,8 @@ def ode_gradient(results: dict) -> str:
     versions = machine["versions"]
     lines += [
         "",
-        f"{machine['processor']}, {machine['cores']} cores, float32, jax {versions['jax']}, diffrax "
-        f"{versions['diffrax']}, {results['date']}. `{results['command']}`",
+        f"{machine['processor']}, {machine['cores']} cores, float32, jax {versions['jax']}, "
+        f"diffrax {versions['diffrax']}, {results['date']}. `{results['command']}`",
     ]
     return "\n".join(lines)
 
