@@ -40,7 +40,7 @@ from equinox import AbstractClassVar
 from jaxtyping import PyTree
 
 from nde.solvers.coupling import Record, Rewind, Step, total
-from nde.solvers.reversible import AbstractReversibleSolver, State, difference, doubled
+from nde.solvers.reversible import AbstractReversibleSolver, difference, doubled
 
 _r = math.sqrt(2.0)
 
@@ -56,6 +56,7 @@ class AbstractEES(
 
     term_structure = diffrax.AbstractTerm
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
+    shared_ends = False
 
     @property
     def evaluations_per_step(self):
@@ -70,36 +71,34 @@ class AbstractEES(
     def start(self, terms, t0, y0, args):
         return (y0,)
 
-    def init(self, terms, t0, t1, y0, args) -> State:
-        return State((), None)
+    def advance(self, step, members0, carried=None):
+        (y0,) = members0
+        record = self._stages(step, step.t0, step.t1, step.control, y0)
+        return (total((1.0, y0), (1.0, record.increment)),), [record]
+
+    def retreat(self, step, members1, carried=None):
+        (y1,) = members1
+        return (total((1.0, y1), (1.0, self._back(step, y1))),), None
+
+    def error(self, records):
+        return difference(records[0].increment, records[0].field)
 
     def refresh(self, terms, t, y, solver_state, args):
         return solver_state
-
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        step = Step.over(terms, t0, t1, args, made_jump)
-        record = self.forward(step, y0)
-        y1 = total((1.0, y0), (1.0, record.increment))
-        y_error = difference(record.increment, record.field)
-        dense_info = self.dense_info(step, (y0,), (y1,), [record])
-        return y1, y_error, dense_info, solver_state, diffrax.RESULTS.successful
-
-    def unstep(self, terms, t0, t1, y1, solver_state1, args, made_jump):
-        back = self.backward(Step.over(terms, t0, t1, args, made_jump), y1)
-        return total((1.0, y1), (1.0, back)), solver_state1
 
     def start_rewind(self, members, cts, lanes=()):
         return Rewind(members, cts, None, jnp.zeros(lanes, bool))
 
     def rewind(self, pull, back, ct_records=None):
         (y1,), (ct,) = back.members, back.cts
-        increment = pull.value(lambda step, following, y: self.backward(step, y), y1)
+        increment = pull.value(lambda step, following, y: self._back(step, y), y1)
         y0 = total((1.0, y1), (1.0, increment))
-        extra = None if ct_records is None else ct_records[0]
-        if extra is None:
-            extra = Record(jax.tree.map(jnp.zeros_like, ct), None)
-        ct_record = Record(extra.field, total((1.0, ct), (1.0, extra.increment)))
-        _, ct_params, u = pull.pull(lambda step, following, y: self.forward(step, y), y0, ct_record)
+        ct_record = Record(jax.tree.map(jnp.zeros_like, ct), ct)
+        if ct_records is not None and ct_records[0] is not None:
+            ct_record = total((1.0, ct_record), (1.0, ct_records[0]))
+        _, ct_params, u = pull.pull(
+            lambda step, following, y: self.advance(step, (y,))[1][0], y0, ct_record
+        )
         return Rewind((y0,), (total((1.0, ct), (1.0, u)),), None, back.pending), ct_params
 
     def finish_rewind(self, pull, back):
@@ -111,14 +110,7 @@ class AbstractEES(
         k1 = difference(doubled(difference(y1, y0)), k0)  # leaves the cubic a quadratic
         return dict(y0=y0, y1=y1, k0=k0, k1=k1)
 
-    def func(self, terms, t0, y0, args):
-        return terms.vf(t0, y0, args)
-
-    def forward(self, step: Step, y: PyTree) -> Record:
-        """The first stage and the whole increment of the step from `t0`, for the state y."""
-        return self._stages(step, step.t0, step.t1, step.control, y)
-
-    def backward(self, step: Step, y: PyTree) -> PyTree:
+    def _back(self, step: Step, y: PyTree) -> PyTree:
         """The increment of the plain step from `t1` to `t0`, the control negated."""
         control = jax.tree.map(lambda dX: -dX, step.control)
         return self._stages(step, step.t1, step.t0, control, y).increment

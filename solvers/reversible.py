@@ -44,7 +44,14 @@ class State(NamedTuple):
 
 
 class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
-    """A solver whose steps can be undone. See the module for the vocabulary."""
+    """A solver whose steps can be undone. See the module for the vocabulary.
+
+    `step`, `unstep` and `init` are what diffrax and an adjoint call. `advance`, `retreat`,
+    `dense_info` and `start` are the same in terms of members, for one trajectory; `rewind` and its
+    start and finish act on members and cotangents with any lane axes.
+    """
+
+    shared_ends: AbstractClassVar[bool]
 
     @property
     @abc.abstractmethod
@@ -58,37 +65,36 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
     def start(self, terms: PyTree, t0: Any, y0: PyTree, args: Any) -> Members:
         """The members at `t0`; differentiable. The gradient of a solve ends with its pullback."""
 
-    def members(self, y: PyTree, others: Members) -> Members:
-        """The members, from the solution and `State.others`."""
-        return (y, *others)
-
-    def split(self, members: Members) -> tuple[PyTree, Members]:
-        """The solution and `State.others`, from the members."""
-        return members[0], members[1:]
+    @abc.abstractmethod
+    def advance(
+        self, step: Step, members0: Members, carried: PyTree = None
+    ) -> tuple[Members, list[Record]]:
+        """The members after a step, and what the error estimate and the output need of it."""
 
     @abc.abstractmethod
-    def refresh(self, terms, t, y: PyTree, solver_state: State, args) -> State:
-        """The state with its carried field value recomputed at `t`, on that side of a jump."""
+    def retreat(
+        self, step: Step, members1: Members, carried: PyTree = None
+    ) -> tuple[Members, PyTree]:
+        """The members before a step, and the field value to carry there; undoes `advance`."""
 
     @abc.abstractmethod
-    def unstep(
-        self, terms, t0, t1, y1: PyTree, solver_state1: State, args, made_jump
-    ) -> tuple[PyTree, State]:
-        """The exact inverse of `step`.
+    def error(self, records: list[Record]) -> PyTree | None:
+        """The error estimate, from the records of `advance`; None if there is none."""
 
-        Args:
-            terms: As in `step`, with the very same control.
-            t0: The start of the step, exactly as it was given to `step`.
-            t1: The end of the step, exactly as it was given to `step`.
-            y1: The solution at `t1`.
-            solver_state1: The state at `t1`.
-            args: As in `step`.
-            made_jump: As in `step`. After a jump at `t0` the state that comes back looks at the
-                field from this step's side: `refresh` it at the end of the step before.
+    @abc.abstractmethod
+    def dense_info(
+        self, step: Step, members0: Members, members1: Members, records: list[Record]
+    ) -> dict[str, PyTree]:
+        """What `interpolation_cls` needs.
 
-        Returns:
-            The solution and the state at `t0`.
+        Linear in the members and records, and independent of `step`: so the cotangent of an output
+        can be pulled into them before their values are known. Not so for the symplectic solvers,
+        which evaluate the velocity here.
         """
+
+    @abc.abstractmethod
+    def refresh(self, terms: PyTree, t: Any, y: PyTree, solver_state: State, args: Any) -> State:
+        """The state with its carried field value recomputed at `t`, on that side of a jump."""
 
     @abc.abstractmethod
     def start_rewind(self, members: Members, cts: Members, lanes: tuple[int, ...] = ()) -> Rewind:
@@ -98,7 +104,11 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
     def rewind(
         self, pull: Pull, back: Rewind, ct_records: Sequence[Record | None] | None = None
     ) -> tuple[Rewind, PyTree]:
-        """Un-steps one step and pulls back through it. As `coupling.rewind`."""
+        """Un-steps one step and pulls back through it. As `coupling.rewind`.
+
+        `ct_records` are the cotangents of the records of `advance`, if an output between steps or a
+        regularizer uses them.
+        """
 
     @abc.abstractmethod
     def finish_rewind(self, pull: Pull, back: Rewind) -> tuple[Members, Members, PyTree]:
@@ -107,46 +117,18 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
         As `coupling.finish_rewind`.
         """
 
-    @abc.abstractmethod
-    def dense_info(
-        self, step: Step, members0: Members, members1: Members, records: Sequence[Record]
-    ) -> dict[str, PyTree]:
-        """What `interpolation_cls` needs: linear in the members and the records of the step."""
+    def members(self, y: PyTree, others: Members) -> Members:
+        """The members, from the solution and `State.others`."""
+        return (y, *others)
 
-
-class AbstractCoupledSolver(AbstractReversibleSolver):
-    """A reversible solver that is a list of couplings."""
-
-    shared_ends: AbstractClassVar[bool]
-
-    @abc.abstractmethod
-    def couplings(self, full: bool = False) -> tuple[Coupling, ...]:
-        """The couplings of one step, in order.
-
-        Args:
-            full: Whether to evaluate also what only the error estimate and `dense_info` need.
-        """
-
-    @abc.abstractmethod
-    def error(self, records: Sequence[Record]) -> PyTree | None:
-        """The error estimate, from the records of a full step; None if there is none."""
-
-    @property
-    def evaluations_per_step(self) -> int:
-        evaluated = sum(c.field is not None for c in self.couplings())
-        return evaluated - self.shared_ends
+    def split(self, members: Members) -> tuple[PyTree, Members]:
+        """The solution and `State.others`, from the members."""
+        return members[0], members[1:]
 
     def init(self, terms, t0, t1, y0, args) -> State:
         del t1
         y, others = self.split(self.start(terms, t0, y0, args))
         return self.refresh(terms, t0, y, State(others, None), args)
-
-    def refresh(self, terms, t, y, solver_state, args) -> State:
-        if not self.shared_ends:
-            return solver_state
-        first = self.couplings()[0]
-        other = self.members(y, solver_state.others)[first.source]
-        return State(solver_state.others, first.evaluate(Step(terms, t, t, args, None), other))
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         if made_jump is not False and self.shared_ends:
@@ -157,35 +139,87 @@ class AbstractCoupledSolver(AbstractReversibleSolver):
             )
         step = Step.over(terms, t0, t1, args, made_jump)
         members0 = self.members(y0, solver_state.others)
-        couplings = self.couplings(full=True)
-        members1, records = coupling.advance(couplings, step, members0, solver_state.carried)
+        members1, records = self.advance(step, members0, solver_state.carried)
         dense_info = self.dense_info(step, members0, members1, records)
         y1, others = self.split(members1)
-        state1 = State(others, self._carry(records[-1]))
+        state1 = State(others, records[-1].field if self.shared_ends else None)
         return y1, self.error(records), dense_info, state1, diffrax.RESULTS.successful
 
-    def unstep(self, terms, t0, t1, y1, solver_state1, args, made_jump):
+    def unstep(
+        self,
+        terms: PyTree,
+        t0: Any,
+        t1: Any,
+        y1: PyTree,
+        solver_state1: State,
+        args: Any,
+        made_jump: Any,
+    ) -> tuple[PyTree, State]:
+        """The exact inverse of `step`.
+
+        Args:
+            terms: As in `step`, with the very same control.
+            t0: The start of the step, exactly as it was given to `step`.
+            t1: The end of the step, exactly as it was given to `step`.
+            y1: The solution at `t1`, a pytree of the structure of `y0`.
+            solver_state1: The state at `t1`.
+            args: As in `step`.
+            made_jump: As in `step`. After a jump at `t0` the state that comes back looks at the
+                field from this step's side: `refresh` it at the end of the step before.
+
+        Returns:
+            The solution and the state at `t0`.
+        """
         step = Step.over(terms, t0, t1, args, made_jump)
         members1 = self.members(y1, solver_state1.others)
-        members0, records = coupling.undo(self.couplings(), step, members1, solver_state1.carried)
+        members0, carried = self.retreat(step, members1, solver_state1.carried)
         y0, others = self.split(members0)
-        return y0, State(others, self._carry(records[0]))
+        return y0, State(others, carried)
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+class AbstractCoupledSolver(AbstractReversibleSolver):
+    """A reversible solver that is a list of couplings."""
+
+    @abc.abstractmethod
+    def couplings(self, full: bool = False) -> tuple[Coupling, ...]:
+        """The couplings of one step, in order.
+
+        Args:
+            full: Whether to evaluate also what only the error estimate and `dense_info` need.
+        """
+
+    @property
+    def evaluations_per_step(self) -> int:
+        evaluated = sum(c.field is not None for c in self.couplings())
+        return evaluated - self.shared_ends
+
+    def advance(self, step, members0, carried=None):
+        return coupling.advance(self.couplings(full=True), step, members0, carried)
+
+    def retreat(self, step, members1, carried=None):
+        members0, records = coupling.undo(self.couplings(), step, members1, carried)
+        return members0, records[0].field if self.shared_ends else None
+
+    def refresh(self, terms, t, y, solver_state, args):
+        if not self.shared_ends:
+            return solver_state
+        first = self.couplings()[0]
+        other = self.members(y, solver_state.others)[first.source]
+        at_t = Step(terms, t, t, args, None)
+        return State(solver_state.others, first.evaluate(at_t, other))
 
     def start_rewind(self, members, cts, lanes=()):
         return coupling.start_rewind(self.couplings(), self.shared_ends, members, cts, lanes)
 
     def rewind(self, pull, back, ct_records=None):
-        full = ct_records is not None
-        return coupling.rewind(self.couplings(full), self.shared_ends, pull, back, ct_records)
+        couplings = self.couplings(full=ct_records is not None)
+        return coupling.rewind(couplings, self.shared_ends, pull, back, ct_records)
 
     def finish_rewind(self, pull, back):
         return coupling.finish_rewind(self.couplings(), self.shared_ends, pull, back)
-
-    def func(self, terms, t0, y0, args):
-        return terms.vf(t0, y0, args)
-
-    def _carry(self, end: Record) -> PyTree:
-        return end.field if self.shared_ends else None
 
 
 def doubled(x: PyTree) -> PyTree:
