@@ -86,7 +86,7 @@ class ArrayBatches:
 
     def _order(self, epoch: Int[Array, ""]) -> Int[Array, " padded"]:
         order = jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
-        return jnp.resize(order, self.batches * (self.batch_size or self.size))
+        return jnp.resize(order, (self.batches * (self.batch_size or self.size),))
 
 
 class IteratorBatches:

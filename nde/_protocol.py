@@ -14,6 +14,7 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -66,7 +67,8 @@ def solve_ode(
     ts, y0 = jax.tree.map(jnp.asarray, (ts, y0))
     check_vector_field(model.vector_field, ts[0], y0, args)
     # Products of reduced precision, a default of recent GPUs, look like a rough field.
-    with jax.default_matmul_precision(jax.config.jax_default_matmul_precision or "highest"):
+    precision = jax.config.values["jax_default_matmul_precision"] or "highest"
+    with jax.default_matmul_precision(precision):
         return diffrax.diffeqsolve(
             diffrax.ODETerm(model.vector_field),
             model.solver,

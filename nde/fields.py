@@ -100,8 +100,8 @@ class MLPField(eqx.Module):
         return self.scale * self.mlp(jnp.concatenate(inputs))
 
     def _checked(self, name: str, value: Array | None, size: int) -> Array:
-        shape = jnp.shape(value) if eqx.is_array_like(value) else type(value).__name__
-        if shape != (size,):
+        shape = getattr(value, "shape", type(value).__name__)
+        if value is None or shape != (size,):
             raise ValueError(
                 f"`{name}` has shape {shape} but the field expects ({size},): one example, and "
                 "time is not a channel of it. "

@@ -29,6 +29,7 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
@@ -213,7 +214,8 @@ def _is_parameter(node: Any) -> bool:
 def _floating(value: ArrayLike) -> Float[Array, "..."]:
     """A strongly typed floating array: a Python number would change its type at the first
     update."""
-    dtype = value.dtype if eqx.is_inexact_array(value) else jnp.result_type(float)
+    floating = eqx.is_array(value) and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    dtype = jnp.result_type(value) if floating else jnp.result_type(float)
     return jnp.asarray(value, dtype=dtype)
 
 

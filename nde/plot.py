@@ -1,0 +1,119 @@
+"""Pictures of a training run and of a model. Each function takes an axis, or makes one, and returns it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike, Float, PyTree
+
+from nde._history import History
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+except ImportError as error:
+    raise ImportError("`nde.plot` needs matplotlib: pip install 'nde[plot]'.") from error
+
+__all__ = ["loss", "phase", "trajectories"]
+
+
+def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
+    """The loss by step, on a logarithmic axis, with its running median; skipped steps are marked.
+
+    Args:
+        history: What `nde.fit` returned, of at least one step.
+        ax: Where to draw.
+        style: Passed to `Axes.plot` for the median, such as `color` or `label`.
+    """
+    ax = _axis(ax)
+    rows = np.where(history["skipped"], np.nan, history["loss"])
+    steps = np.arange(rows.size)
+    width = max(1, rows.size // 50)
+    blocks = [slice(start, start + width) for start in range(0, rows.size, width)]
+    blocks = [block for block in blocks if np.isfinite(rows[block]).any()]
+    center = [steps[block].mean() for block in blocks]
+    (line,) = ax.plot(center, [np.nanmedian(rows[block]) for block in blocks], **style)
+    ax.plot(steps, rows, color=line.get_color(), alpha=0.3, linewidth=0.8)
+    skipped = steps[history["skipped"]]
+    if skipped.size:
+        bottom = np.full(skipped.size, 0.02)
+        ax.plot(skipped, bottom, "x", color="tab:red", transform=ax.get_xaxis_transform(), label="skipped")
+    ax.set(xlabel="step", ylabel="loss", yscale="log")
+    return ax
+
+
+def trajectories(
+    ts: Float[ArrayLike, " times"],
+    ys: Float[ArrayLike, "times channels"],
+    observed: tuple[ArrayLike, ArrayLike] | None = None,
+    ax: Axes | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    **style: Any,
+) -> Axes:
+    """States over time as lines, one color per channel, and observations as dots of the same color.
+
+    Args:
+        ts: Times, shape (times,).
+        ys: States, shape (times, channels) or (times,).
+        observed: Times and values of the observations, shapes (n,) and (n, channels) or (n,); NaN is left out.
+        ax: Where to draw.
+        labels: Name of each channel, for the legend.
+        style: Passed to `Axes.plot` for the lines.
+    """
+    ax = _axis(ax)
+    ys = np.asarray(ys).reshape(len(np.asarray(ts)), -1)
+    for channel in range(ys.shape[1]):
+        label = {"label": labels[channel]} if labels is not None else {}
+        (line,) = ax.plot(np.asarray(ts), ys[:, channel], **(style | label))
+        if observed is not None:
+            times, values = np.asarray(observed[0]), np.asarray(observed[1])
+            values = values.reshape(times.size, -1)[:, channel]
+            ax.plot(times, values, "o", color=line.get_color(), markersize=4, markeredgecolor="white")
+    ax.set(xlabel="t")
+    return ax
+
+
+def phase(
+    vector_field: Callable,
+    xlim: tuple[float, float],
+    ylim: tuple[float, float],
+    ys: Float[ArrayLike, "... times 2"] | None = None,
+    ax: Axes | None = None,
+    *,
+    t: float = 0.0,
+    args: PyTree[Any] = None,
+    grid: int = 32,
+    **style: Any,
+) -> Axes:
+    """The streamlines of a planar vector field, with trajectories on them; a dot marks where each starts.
+
+    Args:
+        vector_field: `vector_field(t, y, args) -> dy` on states of shape (2,), such as `model.vector_field`.
+        xlim: Range of the first channel.
+        ylim: Range of the second channel.
+        ys: Trajectories to draw, shape (..., times, 2).
+        ax: Where to draw.
+        t: Time at which the field is shown.
+        args: Passed to the field.
+        grid: Points of the grid in each direction.
+        style: Passed to `Axes.plot` for the trajectories.
+    """
+    ax = _axis(ax)
+    x, y = np.linspace(*xlim, grid), np.linspace(*ylim, grid)
+    points = jnp.asarray(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2), dtype=float)
+    rates = jax.vmap(lambda point: vector_field(jnp.asarray(t, dtype=float), point, args))(points)
+    dx, dy = np.moveaxis(np.asarray(rates).reshape(grid, grid, 2), -1, 0)
+    ax.streamplot(x, y, dx, dy, color="0.8", linewidth=0.6, arrowsize=0.6, density=1.1, zorder=0)
+    if ys is not None:
+        for trajectory in np.asarray(ys).reshape(-1, *np.shape(ys)[-2:]):
+            (line,) = ax.plot(trajectory[:, 0], trajectory[:, 1], **style)
+            ax.plot(*trajectory[0], "o", color=line.get_color(), markersize=5)
+    ax.set(xlim=xlim, ylim=ylim)
+    return ax
+
+
+def _axis(ax: Axes | None) -> Axes:
+    return plt.subplots()[1] if ax is None else ax
