@@ -1,0 +1,89 @@
+r"""Space-space Levy area, drawn from the increment and its space-time area.
+
+    A_ij = 1/2 int_s^t (W_i dW_j - W_j dW_i) = H_i W_j - W_i H_j + b_ij,      Var A_ij = h^2/4
+
+with W measured from the start of the interval, of length h. The bridge part b is antisymmetric, has mean zero
+given (W, H), and its law is known only through a series, so a normal with the right variance stands in:
+
+    Foster   E[b_ij^2 | W, H] = h^2/20 + h/5 (H_i^2 + H_j^2)       exact conditional variance
+    Davie    E[b_ij^2]        = h^2/12                             exact unconditional variance
+
+Kolmogorov distance of A to its law: Foster .003, Davie .015, no b at all .063. Joining two intervals, Chen:
+
+    A = A_1 + A_2 + 1/2 (W_1 (x) W_2 - W_2 (x) W_1)
+
+Cost:       n (n - 1)/2 normals for n channels.
+Not for:    pathwise use at two resolutions: b is drawn afresh for every interval. Draw it on one grid and join
+            (`BrownianGrid(..., levy_area=SpaceSpaceLevyArea)` does).
+Reference:  Numerical approximations for stochastic differential equations, section 7 (2020, thesis)
+            Levy area of Brownian motion: Davie, Pathwise approximation of SDEs by coupling (2014) | arXiv:1001.3258
+"""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+def foster_area(
+    increment: diffrax.AbstractSpaceTimeLevyArea, *, key: PRNGKeyArray
+) -> Float[Array, "n n"]:
+    """Space-space Levy area given W and H, shape (n,) each, with the exact conditional variance.
+
+    Args:
+        increment: One interval's `dt` (time), `W` and `H`; one vector of n channels.
+        key: One key, used for nothing else.
+
+    Raises:
+        ValueError: if `W` is not one vector.
+    """
+    h, H = jnp.abs(_vector(increment, increment.dt)), _vector(increment, increment.H)
+    squares = jnp.square(H)
+    pairs = squares[:, None] + squares[None, :]
+    return _area(increment, jnp.sqrt(h * h / 20 + h / 5 * pairs), key)
+
+
+def davie_area(
+    increment: diffrax.AbstractSpaceTimeLevyArea, *, key: PRNGKeyArray
+) -> Float[Array, "n n"]:
+    """Space-space Levy area given W and H, shape (n,) each, with the exact unconditional variance.
+
+    Args:
+        increment: One interval's `dt` (time), `W` and `H`; one vector of n channels.
+        key: One key, used for nothing else.
+
+    Raises:
+        ValueError: if `W` is not one vector.
+    """
+    h, n = jnp.abs(_vector(increment, increment.dt)), increment.W.size
+    return _area(increment, jnp.broadcast_to(h / np.sqrt(12.0).item(), (n, n)), key)
+
+
+def join_areas(
+    first: Float[Array, "n n"],
+    second: Float[Array, "n n"],
+    w_first: Float[Array, " n"],
+    w_second: Float[Array, " n"],
+) -> Float[Array, "n n"]:
+    """Area of an interval from the areas and increments of its two halves in order (Chen's relation)."""
+    outer = jnp.outer(w_first, w_second)
+    return first + second + (outer - outer.T) / 2
+
+
+def _vector(increment, x):
+    if jnp.ndim(increment.W) != 1:
+        raise ValueError(
+            f"`increment.W` has shape {jnp.shape(increment.W)}; Levy area is defined between the channels "
+            "of one vector, shape (n,)."
+        )
+    return jnp.asarray(x, increment.W.dtype)
+
+
+def _area(increment, scale, key):
+    n = increment.W.size
+    rows, cols = np.triu_indices(n, 1)
+    draws = jax.random.normal(key, (rows.size,), increment.W.dtype)
+    upper = jnp.zeros((n, n), increment.W.dtype).at[rows, cols].set(draws) * scale
+    mean = jnp.outer(increment.H, increment.W)
+    return mean - mean.T + upper - upper.T
