@@ -49,7 +49,7 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
             solve that fails.
     """
 
-    checkpoints: int = eqx.field(default=64, static=True)
+    checkpoints: int = eqx.field(default=256, static=True)
 
     def __check_init__(self) -> None:
         if self.checkpoints < 1:

@@ -64,16 +64,15 @@ def run(
     healthy, donor = steps > 0, jnp.argmax(steps)
     consts = _borrow(consts, batch, healthy, donor)
     first = tapes.get(tape.states, jnp.zeros((), jnp.int32))
-    safe = choose(healthy, first, jax.tree.map(lambda x: x[donor][None], first))
-    tape = tape._replace(starts=_lend(tape.starts, healthy, donor), ends=_lend(tape.ends, healthy, donor))
     most = jnp.max(steps)
     chunk = tapes.stride(most, slots)
     pull = _Pull(traced, consts, ts, batch, tape, steps, cotangents, wanted)
 
-    def pull_chunk(i: Array, ct: Running) -> Running:
+    def pull_chunk(i: Array, carry: tuple[Running, PyTree[Array]]):
+        ct, kept = carry
         k0 = chunk * ((most - 1) // chunk - i)
         length = jnp.minimum(chunk, most - k0)
-        state = choose(steps > k0, tapes.get(tape.states, tapes.slot(k0, slots)), safe)
+        state = choose(steps > k0, tapes.get(tape.states, tapes.slot(k0, slots)), first)
 
         def replay(j, carry):
             state, kept = carry
@@ -81,16 +80,15 @@ def run(
             after = pull.advance(k0 + j, state)
             return choose(k0 + j + 1 < steps, after, state), kept
 
-        carry = (state, tapes.blank(state, longest))
-        state, kept = jax.lax.fori_loop(0, length - 1, replay, carry)
+        state, kept = jax.lax.fori_loop(0, length - 1, replay, (state, kept))
         kept = tapes.put(kept, length - 1, state)
         step = lambda j, ct: pull.step(k0 + length - 1 - j, tapes.get(kept, length - 1 - j), ct)
-        return jax.lax.fori_loop(0, length, step, ct)
+        return jax.lax.fori_loop(0, length, step, ct), kept
 
     failed = lambda ct: choose(healthy, ct, jax.tree.map(jnp.zeros_like, ct))
     ct = Running(failed(cotangents.y), failed(cotangents.state), wanted, trail.ts_index)
     chunks = jnp.where(most > 0, (most - 1) // chunk + 1, 0)
-    return jax.lax.fori_loop(0, chunks, pull_chunk, ct)
+    return jax.lax.fori_loop(0, chunks, pull_chunk, (ct, tapes.blank(first, longest)))[0]
 
 
 class _Pull:
@@ -100,25 +98,33 @@ class _Pull:
         self.traced, self.consts, self.ts, self.batch = traced, consts, ts, batch
         self.tape, self.steps, self.saved = tape, steps, cotangents.saved_ys
         self.wanted = wanted
+        self.healthy, self.donor = steps > 0, jnp.argmax(steps)
+        self.no_jump = jnp.zeros(steps.shape, bool)
         self._advance = batch.per_lane(traced.advance, range(len(consts)))
 
+    def borrowed(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """With the data of the donor in lanes that failed."""
+        theirs = lambda x: jax.lax.dynamic_index_in_dim(x, self.donor, 0)
+        return choose(self.healthy, tree, jax.tree.map(theirs, tree))
+
     def times(self, k: Array):
-        """Step k of every lane that has one; else its last, or its first."""
-        own = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
-        jump = None if self.tape.jumps is None else tapes.get(self.tape.jumps, own)
-        if jump is None:
-            jump = jnp.zeros(self.steps.shape, bool)
-        return tapes.get(self.tape.starts, own), tapes.get(self.tape.ends, own), jump
+        """Step k of every lane that has one, else a harmless one of its own."""
+        if not self.traced.uniform:
+            k = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
+        jumps = self.tape.jumps
+        jump = self.no_jump if jumps is None else tapes.get(jumps, k)
+        t0, t1 = tapes.get(self.tape.starts, k), tapes.get(self.tape.ends, k)
+        return self.borrowed((t0, t1, jump))
 
     def advance(self, k: Array, state: PyTree[Array]) -> PyTree[Array]:
-        y, inner = state
+        y, inner = self.borrowed(state)
         t0, t1, jump = self.times(k)
         return self._advance(self.consts, y, inner, t0, t1, jump)[:2]
 
     def step(self, k: Array, state: PyTree[Array], ct: Running) -> Running:
         """From the cotangents behind step k to those before it."""
         active = k < self.steps
-        y, inner = state
+        y, inner = self.borrowed(state)
         t0, t1, jump = self.times(k)
         moving, fixed = eqx.partition(inner, eqx.is_inexact_array)
         ct, ct_dense = self._outputs(k, active, y, inner, t0, t1, jump, ct)
@@ -214,11 +220,6 @@ def _added(total: dict[int, Array], part: dict[int, Array]) -> dict[int, Array]:
 
 def _masked(where: Bool[Array, " lanes"], ct: PyTree[Array]) -> PyTree[Array]:
     return choose(where, ct, jax.tree.map(jnp.zeros_like, ct))
-
-
-def _lend(rows: Array, healthy: Array, donor: Array) -> Array:
-    """Gives lanes without a step the first row of the donor."""
-    return rows.at[0].set(jnp.where(healthy, rows[0], rows[0, donor]))
 
 
 def _borrow(consts: list[Array], batch: Batch, healthy: Array, donor: Array) -> list[Array]:

@@ -103,7 +103,7 @@ def record(
 ) -> Tape:
     """Notes that step k went from `state` at t0 to t1, in the lanes that accept it.
 
-    With an index common to all lanes, finished lanes write rows that nobody reads.
+    With an index common to all lanes, lanes that do not accept write a step of length zero.
     """
     slots, rows = jax.tree.leaves(tape.states)[0].shape[0] - 1, tape.starts.shape[0] - 1
     kept = k % stride(k + 1, slots) == 0
@@ -113,6 +113,6 @@ def record(
     return Tape(
         put(tape.states, where, state),
         put(tape.starts, step, t0),
-        put(tape.ends, step, t1),
+        put(tape.ends, step, jnp.where(accept, t1, t0)),
         None if tape.jumps is None else put(tape.jumps, step, jump),
     )
