@@ -1,0 +1,383 @@
+"""Rewinding gives the gradient that autodiff of the forward steps gives, to rounding.
+
+The oracle is `jax.grad` through a plain scan of `solver.step`. The rewinding loop below is what an
+adjoint does: all lanes at once, one `jax.vjp` of a vmapped function per evaluation, shared parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxtyping import Array, PyTree
+from problems import PROBLEMS, terms
+
+from nde.solvers import coupling
+from nde.solvers.coupling import Coupling, Step
+from nde.solvers.ees import EES25, EES27
+from nde.solvers.leapfrog import AsynchronousLeapfrog
+from nde.solvers.mccallum_foster import Reversible
+from nde.solvers.reversible_heun import ReversibleHeun
+from nde.solvers.symplectic import StormerVerlet, Yoshida4
+
+LANES = 2
+INSIDE = 0.3  # where in each step an output is read
+
+
+class Grid(NamedTuple):
+    """The steps of every lane: times of shape (steps, lanes), and the jump bits or False."""
+
+    t0: Array
+    t1: Array
+    made_jump: Any = False
+
+    def at(self, k):
+        jump = self.made_jump if self.made_jump is False else self.made_jump[k]
+        return Grid(self.t0[k], self.t1[k], jump)
+
+    @property
+    def steps(self):
+        return len(self.t0)
+
+
+def grid(steps: int, t1: float, vary: float = 0.3) -> Grid:
+    """Steps that vary by up to 30 % and differ between lanes."""
+    h = 1.0 + vary * jnp.sin(jnp.arange(steps)[:, None] + jnp.arange(LANES)[None, :])
+    ts = jnp.concatenate([jnp.zeros((1, LANES)), jnp.cumsum(h, axis=0)])
+    ts = t1 * ts / ts[-1:]
+    return Grid(ts[:-1], ts[1:])
+
+
+class Case(NamedTuple):
+    """`build(params, lane) -> terms`: the parameters are shared, `lane` is one entry of `lanes`."""
+
+    build: Callable[[PyTree, PyTree], PyTree[diffrax.AbstractTerm]]
+    params: PyTree[Array]
+    lanes: PyTree[Array]
+    y0: PyTree[Array]
+
+
+class LanePull(NamedTuple):
+    """`coupling.Pull` for all lanes at one step."""
+
+    case: Case
+    params: PyTree[Array]
+    now: Grid
+    following: Grid
+
+    def _one(self, fn, params, lane, now, following, x):
+        its_terms = self.case.build(params, lane)
+        step = Step.over(its_terms, now.t0, now.t1, params, now.made_jump)
+        after = Step.over(its_terms, following.t0, following.t1, params, following.made_jump)
+        return fn(step, after, x)
+
+    def _all(self, fn, params, x):
+        def one(lane, times, after, jumps, x):
+            now, following = Grid(*times, jumps[0]), Grid(*after, jumps[1])
+            return self._one(fn, params, lane, now, following, x)
+
+        jumps = (self.now.made_jump, self.following.made_jump)
+        axes = (0, 0, 0, None if jumps[0] is False else 0, 0)
+        if jumps[0] is False:  # stays static
+            return jax.vmap(
+                lambda lane, times, after, x: one(lane, times, after, jumps, x),
+            )(self.case.lanes, self.now[:2], self.following[:2], x)
+        return jax.vmap(one, axes)(self.case.lanes, self.now[:2], self.following[:2], jumps, x)
+
+    def value(self, fn, x):
+        return self._all(fn, self.params, x)
+
+    def pull(self, fn, x, ct):
+        value, transpose = jax.vjp(lambda p, x: self._all(fn, p, x), self.params, x)
+        return (value, *transpose(ct))
+
+
+def solve(solver, case: Case, steps: Grid, params, y0, jumps=True):
+    """Every y and every output inside a step, by `solver.step` alone, for one lane at a time."""
+
+    def one(lane, t0s, t1s, made_jump, y0):
+        its_terms = case.build(params, lane)
+        state = solver.init(its_terms, t0s[0], t1s[0], y0, params)
+
+        def body(carry, step):
+            y, state = carry
+            t0, t1, jump = step
+            jump = False if steps.made_jump is False else jump
+            y1, _, info, state, _ = solver.step(its_terms, t0, t1, y, params, state, jump)
+            path = solver.interpolation_cls(t0=t0, t1=t1, **info)
+            return (y1, state), (y1, path.evaluate(t0 + INSIDE * (t1 - t0)))
+
+        (y1, state), out = jax.lax.scan(body, (y0, state), (t0s, t1s, made_jump))
+        return (y1, state), out
+
+    bits = jnp.zeros(steps.t0.shape, bool) if steps.made_jump is False else steps.made_jump
+    return jax.vmap(one, (0, 1, 1, 1, 0))(case.lanes, steps.t0, steps.t1, bits, y0)
+
+
+def loss(out, inside: bool):
+    """A number from the states after every step (and inside every step), weighted unevenly."""
+    saved, between = out
+    leaves = jax.tree.leaves(saved) + (jax.tree.leaves(between) if inside else [])
+    return sum(jnp.mean(jnp.sin(x + 0.1 * i)) for i, x in enumerate(leaves))
+
+
+def rewound_gradient(solver, case: Case, steps: Grid, inside: bool):
+    """The gradient of `loss`, and the y0 that came back, without any stored state."""
+    (y1, state), out = solve(solver, case, steps, case.params, case.y0)
+    ct_saved, ct_between = jax.grad(loss)(out, inside)  # (lanes, steps, ...)
+    members = jax.vmap(solver.members)(y1, state.others)
+    zeros = jax.tree.map(jnp.zeros_like, members)
+    back = solver.start_rewind(members, zeros, (LANES,))
+    ct_params = jax.tree.map(jnp.zeros_like, case.params)
+
+    def saved(cts, k):
+        y_bar, others = solver.split(cts)
+        y_bar = jax.tree.map(lambda c, s: c + s[:, k], y_bar, ct_saved)
+        return solver.members(y_bar, others)
+
+    def body(i, carry):
+        back, ct_params = carry
+        k = steps.steps - 1 - i
+        now, following = steps.at(k), steps.at(jnp.minimum(k + 1, steps.steps - 1))
+        pull = LanePull(case, case.params, now, following)
+        cts, ct_records = saved(back.cts, k), None
+        if inside:
+            ct = jax.tree.map(lambda c: c[:, k], ct_between)
+            ct0, ct1, ct_records = pull_output(solver, case, now, ct)
+            cts = coupling.total((1.0, cts), (1.0, ct1))
+        back, ct_p = solver.rewind(pull, back._replace(cts=cts), ct_records)
+        if inside:
+            back = back._replace(cts=coupling.total((1.0, back.cts), (1.0, ct0)))
+        return back, coupling.total((1.0, ct_params), (1.0, ct_p))
+
+    back, ct_params = jax.lax.fori_loop(0, steps.steps, body, (back, ct_params))
+    first = LanePull(case, case.params, steps.at(0), steps.at(0))
+    members, cts, ct_p = solver.finish_rewind(first, back)
+    ct_params = ct_params if ct_p is None else coupling.total((1.0, ct_params), (1.0, ct_p))
+
+    def start(params, y0):
+        one = lambda lane, t, y: solver.start(case.build(params, lane), t, y, params)  # noqa: E731
+        return jax.vmap(one)(case.lanes, steps.t0[0], y0)
+
+    _, transpose = jax.vjp(start, case.params, case.y0)
+    ct_p, ct_y0 = transpose(cts)
+    return coupling.total((1.0, ct_params), (1.0, ct_p)), ct_y0, solver.split(members)[0]
+
+
+def pull_output(solver, case: Case, now: Grid, ct):
+    """Cotangents of (members before, members after, records) of an output inside a step.
+
+    The output is linear in them, so their values are not needed.
+    """
+
+    def output(x, t0, t1):
+        info = solver.dense_info(None, *x)
+        path = solver.interpolation_cls(t0=t0, t1=t1, **info)
+        return path.evaluate(t0 + INSIDE * (t1 - t0))
+
+    def shapes(lane, t0, t1, y0):
+        its_terms = case.build(case.params, lane)
+        members0 = solver.start(its_terms, t0, y0, case.params)
+        step = Step.over(its_terms, t0, t1, case.params)
+        members1, records = solver.advance(step, members0)
+        return members0, members1, records
+
+    like = jax.eval_shape(jax.vmap(shapes), case.lanes, now.t0, now.t1, case.y0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    _, transpose = jax.vjp(lambda x: jax.vmap(output)(x, now.t0, now.t1), zeros)
+    return transpose(ct)[0]
+
+
+def relative(a, b):
+    """The largest difference between two pytrees, relative to the largest entry of each leaf."""
+    scale = lambda y: jnp.max(jnp.abs(y)) + 1e-300  # noqa: E731
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.max(jnp.abs(x - y)) / scale(y)) for x, y in pairs)
+
+
+def repeated(y0):
+    return jax.tree.map(lambda x: jnp.stack([x, 0.7 * x]), y0)
+
+
+def ode(name: str) -> Case:
+    problem = PROBLEMS[name]
+    build = lambda params, lane: terms(problem)  # noqa: E731
+    return Case(build, problem.params, jnp.zeros(LANES), repeated(problem.y0))
+
+
+def cde() -> Case:
+    """A linear path with learned values: the control is differentiated too."""
+    ts = jnp.linspace(0.0, 1.0, 6)
+    keys = jax.random.split(jax.random.key(1), 3)
+
+    def build(params, lane):
+        path = diffrax.LinearInterpolation(ts, params["xs"] * lane)
+        field = lambda t, y, p: jnp.tanh(p["A"] @ y).reshape(3, 2)  # noqa: E731
+        return diffrax.ControlTerm(field, path)
+
+    params = {
+        "xs": jax.random.normal(keys[0], (6, 2)),
+        "A": jax.random.normal(keys[1], (6, 3)),
+    }
+    return Case(build, params, jnp.array([1.0, 0.5]), repeated(jax.random.normal(keys[2], (3,))))
+
+
+def sde() -> Case:
+    """Drift and matrix noise; one Brownian path per lane."""
+    keys = jax.random.split(jax.random.key(2), 3)
+
+    def build(params, lane):
+        brownian = diffrax.UnsafeBrownianPath((2,), lane)  # keyed by the bits of both times
+        drift = lambda t, y, p: jnp.tanh(p["A"] @ y)  # noqa: E731
+        diffusion = lambda t, y, p: 0.3 * jnp.sin(p["B"] @ y).reshape(3, 2)  # noqa: E731
+        return diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, brownian))
+
+    params = {
+        "A": jax.random.normal(keys[0], (3, 3)),
+        "B": jax.random.normal(keys[1], (6, 3)),
+    }
+    lanes = jax.random.split(jax.random.key(3), LANES)
+    return Case(build, params, lanes, repeated(jax.random.normal(keys[2], (3,))))
+
+
+def gradients(solver, case, steps, inside):
+    """(autodiff, rewound, the y0 that came back)."""
+
+    def objective(params, y0):
+        return loss(solve(solver, case, steps, params, y0)[1], inside)
+
+    expected = jax.jit(jax.grad(objective, argnums=(0, 1)))(case.params, case.y0)
+    *found, start = jax.jit(lambda: rewound_gradient(solver, case, steps, inside))()
+    return expected, tuple(found), start
+
+
+ODE_SOLVERS = {
+    "ReversibleHeun": ReversibleHeun(),
+    "ALF": AsynchronousLeapfrog(),
+    "Reversible(Tsit5)": Reversible(diffrax.Tsit5(), coupling=0.999),
+    "EES27": EES27(),
+}
+
+
+@pytest.mark.parametrize("name", ODE_SOLVERS)
+def test_gradient_of_1000_steps_with_outputs_inside_steps(name):
+    steps = grid(1000, PROBLEMS["network"].t1)
+    expected, found, start = gradients(ODE_SOLVERS[name], ode("network"), steps, inside=True)
+    assert relative(found, expected) < 1e-12
+    assert relative(start, ode("network").y0) < 1e-12
+
+
+@pytest.mark.parametrize("solver", [StormerVerlet(), Yoshida4()], ids=["Verlet", "Yoshida4"])
+def test_gradient_of_a_separable_system(solver):
+    case = ode("driven pendulum")
+    expected, found, start = gradients(solver, case, grid(1000, 3.0), inside=False)
+    assert relative(found, expected) < 1e-12
+    assert relative(start, case.y0) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [ReversibleHeun(), Reversible(diffrax.Bosh3()), EES27()],
+    ids=["ReversibleHeun", "Reversible(Bosh3)", "EES27"],
+)
+def test_gradient_of_a_controlled_equation_reaches_the_control(solver):
+    # Defects of EES27 shrink with the eighth power of the increment.
+    steps = grid(400 if isinstance(solver, EES27) else 40, 1.0)
+    inside = isinstance(solver, ReversibleHeun)
+    expected, found, start = gradients(solver, cde(), steps, inside)
+    assert relative(found, expected) < 1e-12
+    assert relative(start, cde().y0) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [ReversibleHeun(), Reversible(diffrax.Heun())],
+    ids=["ReversibleHeun", "Reversible(Heun)"],
+)
+def test_gradient_of_a_stochastic_equation(solver):
+    expected, found, start = gradients(solver, sde(), grid(40, 1.0), inside=False)
+    assert relative(found, expected) < 1e-12
+    assert relative(start, sde().y0) < 1e-12
+
+
+def test_gradient_across_a_jump_of_the_field():
+    """The field changes at t = 1/2, between the end of one step and the start of the next."""
+    steps = grid(20, 1.0, vary=0.0)
+    jump = jnp.full(LANES, 0.5)
+    steps = Grid(
+        steps.t0.at[10].set(jump),
+        steps.t1.at[9].set(jnp.nextafter(jump, jnp.zeros(LANES))),
+        jnp.zeros((20, LANES), bool).at[10].set(True),
+    )
+    problem = PROBLEMS["network"]
+
+    def field(t, y, p):
+        after = jnp.where(t < 0.5, 0.0, 1.0)
+        out = problem.vector_field(t, y, p)
+        return jax.tree.map(lambda x: x + after * (1.0 + x**2), out)
+
+    case = ode("network")._replace(build=lambda params, lane: diffrax.ODETerm(field))
+    expected, found, start = gradients(ReversibleHeun(), case, steps, inside=True)
+    assert relative(found, expected) < 1e-12
+    assert relative(start, case.y0) < 1e-12
+    forgotten, _, _ = gradients(ReversibleHeun(), case, steps._replace(made_jump=False), True)
+    assert relative(forgotten, expected) > 1e-3
+
+
+@pytest.mark.parametrize("solver", [ReversibleHeun(), Reversible(diffrax.Midpoint())])
+def test_an_inverse_with_one_wrong_sign_is_noticed(solver, monkeypatch):
+    right = Coupling.inverse
+
+    def wrong(self, members, g):
+        return right(self, members, None if g is None else coupling.total((-1.0, g)))
+
+    monkeypatch.setattr(Coupling, "inverse", wrong)
+    case = ode("network")
+    expected, found, start = gradients(solver, case, grid(20, 1.0), inside=False)
+    assert relative(found, expected) > 1e-4
+    assert relative(start, case.y0) > 1e-4
+
+
+def count_calls(fn) -> int:
+    """How often `fn(field)` evaluates the field: Python calls while tracing."""
+    calls = []
+
+    def field(t, y, args):
+        calls.append(None)
+        return -y
+
+    jax.eval_shape(lambda: fn(field))
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    "solver, evaluations",
+    [
+        (ReversibleHeun(), 1),
+        (AsynchronousLeapfrog(), 1),
+        (Reversible(diffrax.Tsit5()), 12),
+        (Reversible(diffrax.Bosh3()), 6),
+        (EES25(), 6),
+        (EES27(), 8),
+    ],
+)
+def test_evaluations_of_one_rewound_step(solver, evaluations):
+    def rewind(field):
+        build = lambda params, lane: diffrax.ODETerm(field)  # noqa: E731
+        case = Case(build, (), jnp.zeros(LANES), jnp.ones((LANES, 3)))
+        members = jax.vmap(lambda y: solver.start(diffrax.ODETerm(lambda *a: a[1]), 0.0, y, None))
+        members = members(case.y0)
+        back = solver.start_rewind(members, members, (LANES,))
+        steps = grid(2, 1.0)
+        return solver.rewind(LanePull(case, (), steps.at(0), steps.at(1)), back)
+
+    assert count_calls(rewind) == evaluations
+
+
+def test_constant_weights_cost_nothing():
+    """A weight of one or zero leaves no arithmetic behind."""
+    x = jnp.ones(3)
+    jaxpr = jax.make_jaxpr(lambda x: Coupling(0, 1).forward((x, x), x))(x)
+    assert [str(eqn.primitive) for eqn in jaxpr.eqns] == ["add"]
