@@ -67,8 +67,9 @@ def solve_ode(
     ts, y0 = jax.tree.map(jnp.asarray, (ts, y0))
     check_vector_field(model.vector_field, ts[0], y0, args)
     # Products of reduced precision, a default of recent GPUs, look like a rough field.
-    precision = jax.config.values["jax_default_matmul_precision"] or "highest"
-    with jax.default_matmul_precision(precision):
+    # pyright does not see the attributes that jax adds to its configuration.
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    with jax.default_matmul_precision(precision or "highest"):
         return diffrax.diffeqsolve(
             diffrax.ODETerm(model.vector_field),
             model.solver,

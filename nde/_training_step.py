@@ -111,7 +111,8 @@ def _first_not_finite(value: Float[Array, ""], grads: PyTree, updates: PyTree) -
 
 
 def _checked_loss(out: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
-    value, metrics = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+    pair: Any = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+    value, metrics = pair
     if (
         not eqx.is_array(value)
         or value.shape != ()
@@ -130,8 +131,7 @@ def _checked_loss(out: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
         if name in COLUMNS or jnp.shape(metric) != ():
             raise ValueError(
                 f"`loss` returned the metric {name!r} of shape {jnp.shape(metric)}; a metric is a "
-                "scalar (jnp.mean) "
-                f"and has a name of its own, none of {COLUMNS}."
+                f"scalar (jnp.mean) and has a name of its own, none of {COLUMNS}."
             )
     return value, {
         name: jax.lax.stop_gradient(jnp.asarray(metric)) for name, metric in metrics.items()

@@ -1,4 +1,4 @@
-"""Pictures of a training run and of a model. Each function takes an axis, or makes one, and returns it."""
+"""Pictures of a run and of a model. Each function takes an axis, or makes one, and returns it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +39,14 @@ def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
     skipped = steps[history["skipped"]]
     if skipped.size:
         bottom = np.full(skipped.size, 0.02)
-        ax.plot(skipped, bottom, "x", color="tab:red", transform=ax.get_xaxis_transform(), label="skipped")
+        ax.plot(
+            skipped,
+            bottom,
+            "x",
+            color="tab:red",
+            transform=ax.get_xaxis_transform(),
+            label="skipped",
+        )
     ax.set(xlabel="step", ylabel="loss", yscale="log")
     return ax
 
@@ -58,7 +65,8 @@ def trajectories(
     Args:
         ts: Times, shape (times,).
         ys: States, shape (times, channels) or (times,).
-        observed: Times and values of the observations, shapes (n,) and (n, channels) or (n,); NaN is left out.
+        observed: Times and values of the observations, shapes (n,) and (n, channels) or (n,); NaN
+            is left out.
         ax: Where to draw.
         labels: Name of each channel, for the legend.
         style: Passed to `Axes.plot` for the lines.
@@ -66,12 +74,15 @@ def trajectories(
     ax = _axis(ax)
     ys = np.asarray(ys).reshape(len(np.asarray(ts)), -1)
     for channel in range(ys.shape[1]):
-        label = {"label": labels[channel]} if labels is not None else {}
-        (line,) = ax.plot(np.asarray(ts), ys[:, channel], **(style | label))
+        if labels is not None:
+            style["label"] = labels[channel]
+        (line,) = ax.plot(np.asarray(ts), ys[:, channel], **style)
         if observed is not None:
             times, values = np.asarray(observed[0]), np.asarray(observed[1])
             values = values.reshape(times.size, -1)[:, channel]
-            ax.plot(times, values, "o", color=line.get_color(), markersize=4, markeredgecolor="white")
+            ax.plot(
+                times, values, "o", color=line.get_color(), markersize=4, markeredgecolor="white"
+            )
     ax.set(xlabel="t")
     return ax
 
@@ -88,10 +99,12 @@ def phase(
     grid: int = 32,
     **style: Any,
 ) -> Axes:
-    """The streamlines of a planar vector field, with trajectories on them; a dot marks where each starts.
+    """The streamlines of a planar vector field, with trajectories on them; a dot marks where each
+    starts.
 
     Args:
-        vector_field: `vector_field(t, y, args) -> dy` on states of shape (2,), such as `model.vector_field`.
+        vector_field: `vector_field(t, y, args) -> dy` on states of shape (2,), such as
+            `model.vector_field`.
         xlim: Range of the first channel.
         ylim: Range of the second channel.
         ys: Trajectories to draw, shape (..., times, 2).

@@ -253,11 +253,6 @@ def _train(
 
 def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: PyTree) -> None:
     """Raise if the record of a step says that no start can go on."""
-    if step == 0 and np.all(record["gradient_norm"] == 0):
-        raise ValueError(
-            "`loss` has a gradient of zero at step 0: it does not depend on what is trained, "
-            f"{leaf_paths(params)}."
-        )
     failed = float(np.min(record.get("failed", 0.0)))
     if failed > MOST_FAILED:
         raise RuntimeError(
@@ -265,6 +260,11 @@ def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: P
             "`max_steps`, loosen the "
             "tolerances, train on a shorter horizon first, or call model.solve on the data to see "
             "why."
+        )
+    if step == 0 and np.all((record["gradient_norm"] == 0) & ~record["skipped"]):
+        raise ValueError(
+            "`loss` has a gradient of zero at step 0: it does not depend on what is trained, "
+            f"{leaf_paths(params)}."
         )
     if np.all(record["skips"] >= job.max_skips):
         what = reasons(params)[int(np.min(record["reason"]))]

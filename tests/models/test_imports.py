@@ -1,0 +1,31 @@
+"""What `import nde` gives, and what it does not load."""
+
+import subprocess
+import sys
+
+import pytest
+
+import nde
+
+
+def test_import_is_light_and_the_rest_comes_on_demand():
+    program = (
+        "import sys, nde\n"
+        "heavy = {'optax', 'matplotlib', 'tqdm', 'scipy.optimize'} & set(sys.modules)\n"
+        "print(sorted(heavy), 'nde.train' in sys.modules, 'nde.plot' in sys.modules)\n"
+        "nde.fit, nde.train.multi_start\n"
+        "print('optax' in sys.modules, 'matplotlib' in sys.modules)\n"
+        "nde.plot.loss\n"
+        "print('matplotlib' in sys.modules)\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert out.splitlines() == ["[] False False", "True False", "True"]
+
+
+def test_every_public_name_is_there_and_no_other():
+    assert set(nde.__all__) <= set(dir(nde))
+    assert all(getattr(nde, name) is not None for name in nde.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'NeuralOED'"):
+        _ = nde.NeuralOED

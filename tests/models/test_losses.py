@@ -1,0 +1,101 @@
+"""Losses against NumPy, and the derivatives of what a mask leaves out."""
+
+import functools
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nde
+from nde.losses import growing_horizon, log_mse, mse, trajectory
+from nde.train import Batch
+
+RNG = np.random.default_rng(0)
+PREDICTION, TARGET = RNG.uniform(0.5, 2.0, (2, 4, 5, 3))
+MASK = RNG.uniform(size=(4, 5)) > 0.4
+
+
+@pytest.mark.parametrize("loss, change", [(mse, lambda x: x), (log_mse, np.log)])
+def test_mean_over_the_entries_that_count(loss, change):
+    squares = (change(PREDICTION) - change(TARGET)) ** 2
+    prediction, target = jnp.asarray(PREDICTION), jnp.asarray(TARGET)
+    np.testing.assert_allclose(loss(prediction, target), squares.mean(), rtol=1e-12)
+    masked = loss(prediction, target, jnp.asarray(MASK))
+    np.testing.assert_allclose(masked, squares[MASK].mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [mse, log_mse])
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf, -1e300])
+def test_what_is_masked_reaches_neither_the_value_nor_the_gradient(loss, rubbish):
+    where = np.broadcast_to(MASK[..., None], TARGET.shape)
+    clean = jax.value_and_grad(loss)(
+        jnp.asarray(PREDICTION), jnp.asarray(TARGET), jnp.asarray(MASK)
+    )
+    prediction, target = (jnp.asarray(np.where(where, x, rubbish)) for x in (PREDICTION, TARGET))
+    value, gradient = jax.value_and_grad(loss)(prediction, target, jnp.asarray(MASK))
+    np.testing.assert_array_equal(value, clean[0])
+    np.testing.assert_array_equal(gradient, clean[1])
+    np.testing.assert_array_equal(gradient[~where], 0)
+
+
+def test_an_empty_mask_is_not_a_loss_of_zero():
+    assert np.isnan(mse(jnp.ones(3), jnp.zeros(3), jnp.zeros(3, dtype=bool)))
+
+
+@pytest.mark.parametrize(
+    "fraction, last", [(1e-6, 1), (0.1, 1), (0.5, 5), (0.51, 6), (1.0, 10), (7.0, 10)]
+)
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_the_horizon_keeps_the_beginning_and_repeats_its_last_time(fraction, last, direction):
+    ts = direction * np.arange(11.0) ** 2
+    clipped, seen = jax.jit(growing_horizon)(jnp.asarray(ts), fraction)
+    np.testing.assert_array_equal(seen, np.arange(11) <= last)
+    np.testing.assert_array_equal(clipped, ts[np.minimum(np.arange(11), last)])
+
+
+def decay():
+    return nde.HybridODE(
+        lambda t, y, p: -p * y,
+        None,
+        0.5,
+        stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-8),
+    )
+
+
+def batch(step=0, mask=(True, True, False)):
+    ts = jnp.broadcast_to(jnp.linspace(0.0, 2.0, 6), (3, 6))
+    ys = jnp.array([1.0, 2.0, 7.0])[:, None, None] * jnp.exp(-ts)[..., None]
+    return Batch((ts, ys), jnp.asarray(mask), jnp.asarray(step))
+
+
+@pytest.mark.parametrize("step, last", [(0, 1), (5, 3), (100, 5)])
+def test_trajectory_scores_valid_examples_up_to_the_horizon(step, last):
+    loss = functools.partial(trajectory, horizon=optax.linear_schedule(0.2, 1.0, 10))
+    value, metrics = loss(decay(), batch(step), jax.random.key(0))
+    ts = np.linspace(0.0, 2.0, 6)[1 : last + 1]
+    gap = np.exp(-ts / 2) - np.exp(-ts)
+    np.testing.assert_allclose(value, np.mean([gap**2, (2 * gap) ** 2]), rtol=1e-6)
+    assert float(metrics["failed"]) == 0
+    assert float(metrics["nfe"]) > 6
+
+
+def test_a_failed_solve_does_not_count_and_reaches_no_gradient():
+    def blow_up(t, y, p):
+        return jnp.where(y > 5, p * y**2, 0.0)  # only the example that starts at 7 escapes
+
+    model = nde.HybridODE(blow_up, None, 0.5, max_steps=200)
+    everyone = batch(mask=(True, True, True))
+    both = jax.value_and_grad(lambda p: with_rate(model, p, everyone), has_aux=True)
+    (value, metrics), gradient = both(jnp.asarray(0.5))
+    expected = with_rate(model, jnp.asarray(0.5), batch())[0]
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    assert float(metrics["failed"]) == pytest.approx(1 / 3)
+    assert float(gradient) == 0
+
+
+def with_rate(model, rate, batch):
+    model = nde.HybridODE(model.known, None, rate, max_steps=model.max_steps)
+    return trajectory(model, batch, jax.random.key(0))

@@ -1,0 +1,139 @@
+"""`NeuralODE` and what every ODE model shares, against closed forms."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+import nde
+
+TIGHT = {"stepsize_controller": diffrax.PIDController(rtol=1e-9, atol=1e-9)}
+A = np.array([[-0.1, 1.3], [-1.0, -0.1]])
+TS = np.array([0.0, 0.1, 0.5, 1.7, 2.0])
+Y0 = np.array([1.0, -0.5])
+
+
+def linear(t, y, args):
+    return jnp.asarray(A, dtype=y.dtype) @ y
+
+
+def exact(ts, y0):
+    return np.stack([scipy.linalg.expm(A * (t - ts[0])) @ y0 for t in ts])
+
+
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_solves_forward_and_backward_at_irregular_times(direction):
+    model, ts = nde.NeuralODE(linear, **TIGHT), jnp.asarray(direction * TS)
+    solution = model.solve(ts, jnp.asarray(Y0))
+    np.testing.assert_allclose(solution.ys, exact(ts, Y0), atol=1e-7)
+    np.testing.assert_array_equal(model(ts, jnp.asarray(Y0)), solution.ys)
+    assert int(solution.stats["nfe"]) > 0
+
+
+def test_starts_at_the_first_time_whatever_it_is():
+    ts = jnp.asarray(TS)
+    model = nde.NeuralODE(linear, **TIGHT)
+    later = model(ts + 5.0, jnp.asarray(Y0))
+    np.testing.assert_allclose(later, exact(TS, Y0), atol=1e-7)
+
+
+def test_padding_with_the_last_time_repeats_the_last_state_and_costs_nothing():
+    model, y0 = nde.NeuralODE(linear, **TIGHT), jnp.asarray(Y0)
+    plain = model.solve(jnp.asarray(TS), y0)
+    padded = model.solve(jnp.asarray(np.append(TS, [2.0, 2.0])), y0)
+    np.testing.assert_array_equal(padded.ys[:5], plain.ys)
+    np.testing.assert_array_equal(padded.ys[5:], np.stack([plain.ys[-1]] * 2))
+    assert int(padded.stats["nfe"]) == int(plain.stats["nfe"])
+
+
+def test_one_time_is_the_initial_state():
+    ys = nde.NeuralODE(linear)(jnp.array([3.0]), jnp.asarray(Y0))
+    np.testing.assert_array_equal(ys, Y0[None])
+
+
+def test_a_pytree_state_is_solved_leaf_by_leaf():
+    def spring(t, y, args):
+        return {"x": y["v"], "v": -args * y["x"]}
+
+    y0 = {"x": jnp.ones(3), "v": jnp.zeros(3)}
+    ys = nde.NeuralODE(spring, **TIGHT)(jnp.asarray(TS), y0, jnp.array([1.0, 4.0, 9.0]))
+    omega = np.array([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(ys["x"], np.cos(TS[:, None] * omega), atol=1e-7)
+    np.testing.assert_allclose(ys["v"], -omega * np.sin(TS[:, None] * omega), atol=1e-7)
+
+
+def test_vmap_is_the_batch_and_a_lane_does_not_see_its_neighbors():
+    model = nde.NeuralODE(linear, **TIGHT)
+    y0s = jnp.stack([jnp.asarray(Y0), 1e3 * jnp.asarray(Y0), jnp.zeros(2)])
+    ys = jax.jit(jax.vmap(model, in_axes=(None, 0)))(jnp.asarray(TS), y0s)
+    for lane, y0 in zip(ys, y0s, strict=True):
+        np.testing.assert_allclose(lane, model(jnp.asarray(TS), y0), rtol=1e-12, atol=1e-12)
+
+
+def test_augmentation_represents_a_reflection():
+    """x -> -x on a line crosses itself; half a turn in the plane does not. The field is exact."""
+
+    def turn(t, y, args):
+        return jnp.pi * jnp.stack([-y[1], y[0]])
+
+    model = nde.NeuralODE(turn, augment=1, **TIGHT)
+    x = jnp.array([[-2.0], [0.5], [3.0]])
+    ys = jax.vmap(model, in_axes=(None, 0))(jnp.array([0.0, 1.0]), x)
+    np.testing.assert_allclose(ys, np.stack([x, -x], axis=1), atol=1e-7)
+
+
+def test_gradients_of_the_parameters_are_central_differences():
+    field = nde.fields.MLPField(2, 4, 1, key=jax.random.key(0))
+    steps = {"stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.1}
+    model = nde.NeuralODE(field, **steps)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def total(params):
+        return jnp.sum(eqx.combine(params, static)(jnp.asarray(TS), jnp.asarray(Y0)) ** 2)
+
+    gradient = jax.jit(jax.grad(total))(params)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    direction = tree.unflatten(
+        [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+    def along(h):
+        return total(jax.tree.map(lambda p, d: p + h * d, params, direction))
+
+    h = 1e-4
+    expected = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
+    products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)
+    np.testing.assert_allclose(sum(jax.tree.leaves(products)), expected, rtol=1e-8)
+    assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_float32_states_stay_float32_with_either_precision_of_time():
+    for dtype in (jnp.float32, jnp.float64):
+        ys = nde.NeuralODE(linear)(jnp.asarray(TS, dtype=dtype), jnp.asarray(Y0, dtype=jnp.float32))
+        assert ys.dtype == jnp.float32
+        np.testing.assert_allclose(ys, exact(TS, Y0), atol=5e-3)
+
+
+def test_matrix_products_are_exact_unless_the_user_says_otherwise():
+    model = nde.NeuralODE(nde.fields.MLPField(2, 4, 1, key=jax.random.key(0)))
+
+    def precisions(model):
+        def total(model):
+            return model(jnp.asarray(TS), jnp.asarray(Y0)).sum()
+
+        text = str(jax.make_jaxpr(eqx.filter_grad(total))(model))
+        return {word for word in ("HIGHEST", "DEFAULT") if f"Precision.{word}" in text}
+
+    assert "HIGHEST" in precisions(model)
+
+
+def test_a_failed_solve_is_a_value_with_throw_false():
+    model = nde.NeuralODE(lambda t, y, args: y**2, max_steps=64)
+    solution = model.solve(jnp.array([0.0, 0.5, 2.0]), jnp.array([1.0]), throw=False)
+    assert solution.result != diffrax.RESULTS.successful
+    np.testing.assert_allclose(solution.ys[1], 2.0, rtol=1e-2)  # 1 / (1 - t), before it escapes
+    assert np.isinf(solution.ys[2])

@@ -1,0 +1,73 @@
+"""What the pictures show, read back from the axes."""
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from nde import plot
+from nde.train import History
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+def test_loss_shows_every_step_its_median_and_the_skipped_ones(ax):
+    rows = np.geomspace(1.0, 1e-3, 100)
+    skipped = np.arange(100) == 7
+    values = np.where(skipped, np.nan, rows)
+    columns = {"loss": values, "skipped": skipped, "seconds": np.arange(100.0)}
+    assert plot.loss(History(columns, 0.0), ax) is ax
+    median, every, crosses = ax.lines
+    np.testing.assert_array_equal(every.get_ydata(), values)
+    np.testing.assert_allclose(median.get_ydata()[0], np.median(rows[:2]))
+    np.testing.assert_array_equal(crosses.get_xdata(), [7])
+    assert ax.get_yscale() == "log"
+
+
+def test_trajectories_pair_lines_and_observations_by_color(ax):
+    ts, ys = jnp.arange(4.0), jnp.arange(8.0).reshape(4, 2)
+    seen = (ts[:2], ys[:2] + 0.5)
+    assert plot.trajectories(ts, ys, seen, ax, labels=["hare", "lynx"], linewidth=3) is ax
+    for channel, label in enumerate(["hare", "lynx"]):
+        line, dots = ax.lines[2 * channel : 2 * channel + 2]
+        np.testing.assert_array_equal(line.get_ydata(), ys[:, channel])
+        np.testing.assert_array_equal(dots.get_ydata(), seen[1][:, channel])
+        assert line.get_color() == dots.get_color()
+        assert (line.get_label(), line.get_linewidth()) == (label, 3)
+
+
+def test_phase_shows_the_field_and_where_trajectories_start(ax):
+    seen = []
+
+    def turn(t, y, args):
+        seen.append((t, args))
+        return args * jnp.stack([-y[1], y[0]])
+
+    ys = np.array([[[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.0], [0.0, 0.5]]])
+    args = jnp.asarray(2.0)
+    assert plot.phase(turn, (-2.0, 2.0), (-1.0, 1.0), ys, ax, args=args, grid=8) is ax
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), ys[0])
+    np.testing.assert_array_equal(ax.lines[3].get_xydata(), ys[1][:1])
+    segments = np.concatenate(ax.collections[0].get_segments())
+    radius = np.hypot(*segments.T)
+    assert ax.get_xlim() == (-2.0, 2.0) and ax.get_ylim() == (-1.0, 1.0)
+    assert radius.min() > 0  # streamlines turn around the center
+    assert seen
+
+
+def test_an_axis_is_made_where_none_is_given():
+    before = set(plt.get_fignums())
+    ax = plot.trajectories(np.arange(3.0), np.arange(3.0))
+    assert set(plt.get_fignums()) - before == {ax.figure.number}
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), np.arange(3.0))
+    plt.close(ax.figure)

@@ -1,0 +1,264 @@
+"""`fit` against the same training written out, and what it does when something is not finite."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nde
+from nde.train import NonFiniteError, multi_start
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(10, 3))
+Y = X @ np.array([1.0, -2.0, 0.5]) + 0.1 * RNG.normal(size=10)
+DATA = (jnp.asarray(X), jnp.asarray(Y))
+KEY = jax.random.key(0)
+START = {"w": jnp.zeros(3), "scale": jnp.ones(())}
+
+
+def squares(model, batch, key):
+    x, y = batch.data
+    return nde.losses.mse(model["scale"] * (x @ model["w"]), y, batch.mask)
+
+
+def fit(model, loss=squares, data=DATA, optim=None, steps=20, **options):
+    optim = optax.sgd(0.1) if optim is None else optim
+    return nde.fit(
+        model, loss, data, optim=optim, steps=steps, **({"progress": False, "key": KEY} | options)
+    )
+
+
+def gradient_descent(w, batches, rate=0.1):
+    """The reference: plain NumPy, without the scale."""
+    losses = []
+    for rows in batches:
+        error = X[rows] @ w - Y[rows]
+        losses.append(np.mean(error**2))
+        w = w - rate * 2 * X[rows].T @ error / len(rows)
+    return w, losses
+
+
+def test_full_batches_are_gradient_descent():
+    model, history = fit(START, frozen=lambda model: model["scale"])
+    w, losses = gradient_descent(np.zeros(3), [np.arange(10)] * 20)
+    np.testing.assert_allclose(model["w"], w, rtol=1e-12)
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-12)
+    assert float(model["scale"]) == 1.0
+
+
+def digits(number, base, count):
+    return [int(number // base**i) % base for i in range(count)]
+
+
+def test_an_epoch_is_a_new_permutation_and_the_last_batch_is_masked():
+    def loss(model, batch, key):
+        x, y, number = batch.data
+        places = jnp.arange(float(batch.mask.size))
+        metrics = {
+            "rows": jnp.sum(16.0**places * number),
+            "mask": jnp.sum(jnp.where(batch.mask, 2.0**places, 0.0)),
+            "index": batch.step,
+        }
+        return nde.losses.mse(x @ model["w"], y, batch.mask), metrics
+
+    data = (*DATA, jnp.arange(10.0))
+    model, history = fit({"w": jnp.zeros(3)}, loss, data, steps=9, batch_size=4)
+    rows = [digits(number, 16, 4) for number in history["rows"]]
+    masks = [digits(number, 2, 4) for number in history["mask"]]
+    assert masks == 3 * [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
+    np.testing.assert_array_equal(history["index"], np.arange(9))
+    valid = [[r for r, m in zip(*pair, strict=True) if m] for pair in zip(rows, masks, strict=True)]
+    epochs = [sum(valid[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    w, losses = gradient_descent(np.zeros(3), valid)
+    np.testing.assert_allclose(model["w"], w, rtol=1e-12)
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-12)
+
+
+def test_one_compilation_for_every_batch_step_and_schedule():
+    traces = itertools.count()
+
+    def loss(model, batch, key):
+        next(traces)
+        ts, seen = nde.losses.growing_horizon(jnp.arange(5.0), batch.step / 10)
+        return squares(model, batch, key) + jnp.sum(jnp.where(seen, ts, 0.0))
+
+    schedule = optax.cosine_decay_schedule(0.1, 20)
+    fit(
+        {"w": jnp.zeros(3), "scale": jnp.asarray(1.0)},
+        loss,
+        optim=optax.adam(schedule),
+        batch_size=4,
+    )
+    assert next(traces) == 1
+
+
+def test_the_host_waits_for_a_few_steps_only(monkeypatch):
+    fetches, get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetches.append(len(tree)) or get(tree))
+    fit(START, steps=100)
+    assert fetches == [1, 9, *[10] * 9]
+
+
+def test_an_iterator_is_the_same_training_and_its_short_batch_is_filled_up():
+    batches = [np.arange(4), np.arange(4, 8), np.arange(8, 10)]
+    data = itertools.cycle([jax.tree.map(lambda a, r=rows: a[r], DATA) for rows in batches])
+    model, history = fit({"w": jnp.zeros(3), "scale": 1.0}, data=data, steps=6)
+    w, losses = gradient_descent(np.zeros(3), batches * 2)
+    np.testing.assert_allclose(model["w"], w, rtol=1e-12)
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-12)
+
+
+def test_training_repeats_with_its_key_and_differs_with_another():
+    first, again = (fit(START, batch_size=4)[0]["w"] for _ in range(2))
+    other = fit(START, batch_size=4, key=jax.random.key(1))[0]["w"]
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_the_loss_gets_a_new_key_at_every_step():
+    def loss(model, batch, key):
+        return squares(model, batch, key), {"draw": jax.random.uniform(key)}
+
+    _, history = fit(START, loss)
+    assert len(set(history["draw"].tolist())) == 20
+
+
+@pytest.mark.parametrize("where", ["value", "gradient"])
+@pytest.mark.parametrize("bad", [0, 5])
+def test_a_step_that_is_not_finite_did_not_happen(where, bad):
+    def loss(model, batch, key):
+        good = squares(model, batch, key)
+        if where == "value":
+            return jnp.where(batch.step == bad, jnp.nan, good)
+        # The value is finite, its derivative infinity * 0.
+        spike = jnp.sqrt(jnp.where(batch.step == bad, 0.0, 1.0) * model["w"][0] ** 2)
+        return good + 0.0 * spike
+
+    def without(model, batch, key):
+        return squares(model, batch, key) + 0.0 * model["w"][0]
+
+    start = {"w": jnp.ones(3), "scale": jnp.ones(())}
+    guarded, history = fit(start, loss, optim=optax.adam(0.1), steps=12)
+    expected, _ = fit(start, without, optim=optax.adam(0.1), steps=11)
+    np.testing.assert_allclose(guarded["w"], expected["w"], rtol=1e-12)
+    np.testing.assert_array_equal(np.flatnonzero(history["skipped"]), [bad])
+
+
+def test_ten_in_a_row_stop_with_the_last_good_model():
+    def loss(model, batch, key):
+        return squares(model, batch, key) * jnp.where(batch.step < 7, 1.0, jnp.nan)
+
+    expected, _ = fit(START, steps=7)
+    with pytest.raises(
+        NonFiniteError, match=r"the value of the loss .* step 16 .*10 steps"
+    ) as caught:
+        fit(START, loss, steps=500)
+    np.testing.assert_allclose(caught.value.model["w"], expected["w"], rtol=1e-12)
+    assert np.flatnonzero(caught.value.history["skipped"])[0] == 7
+
+
+def test_nine_in_a_row_do_not_stop():
+    def loss(model, batch, key):
+        bad = (batch.step >= 3) & (batch.step < 12)
+        return squares(model, batch, key) * jnp.where(bad, jnp.nan, 1.0)
+
+    guarded, history = fit(START, loss, steps=20)
+    expected, _ = fit(START, steps=11)
+    np.testing.assert_allclose(guarded["w"], expected["w"], rtol=1e-12)
+    assert history["skipped"].sum() == 9
+
+
+def test_multi_start_is_fit_from_every_start_best_first():
+    def make(key):
+        return {"w": jax.random.normal(key, (3,)), "scale": jnp.ones(())}
+
+    models, histories = multi_start(
+        make, squares, DATA, starts=3, optim=optax.sgd(0.05), steps=15, progress=False, key=KEY
+    )
+    starts = [make(k) for k in jax.random.split(jax.random.split(KEY)[0], 3)]
+    alone = [fit(start, optim=optax.sgd(0.05), steps=15) for start in starts]
+    alone.sort(key=lambda pair: pair[1].final_loss)
+    for model, history, (expected, reference) in zip(models, histories, alone, strict=True):
+        np.testing.assert_allclose(model["w"], expected["w"], rtol=1e-12)
+        np.testing.assert_allclose(history["loss"], reference["loss"], rtol=1e-12)
+
+
+def test_a_start_that_diverges_stops_alone():
+    def make(key):
+        bad = key_number(key) == key_number(jax.random.split(jax.random.split(KEY)[0], 2)[0])
+        return {"w": jnp.where(bad, jnp.inf, jnp.zeros(3)), "scale": jnp.ones(())}
+
+    models, histories = multi_start(
+        make, squares, DATA, starts=2, optim=optax.sgd(0.1), steps=20, progress=False, key=KEY
+    )
+    w, _ = gradient_descent_with_scale(np.zeros(3), 1.0)
+    np.testing.assert_allclose(models[0]["w"], w, rtol=1e-12)
+    assert not histories[0]["skipped"].any()
+    assert histories[1]["skipped"].all()
+
+
+def key_number(key):
+    return tuple(jax.random.key_data(key).tolist())
+
+
+def gradient_descent_with_scale(w, scale, rate=0.1, steps=20):
+    for _ in range(steps):
+        error = scale * X @ w - Y
+        gradient = 2 * scale * X.T @ error / 10, 2 * (X @ w) @ error / 10
+        w, scale = w - rate * gradient[0], scale - rate * gradient[1]
+    return w, scale
+
+
+def test_integer_arrays_functions_and_numerics_are_kept():
+    ode = nde.NeuralODE(nde.fields.MLPField(1, 4, 1, key=KEY))
+    model = {"ode": ode, "number": jnp.arange(3), "w": jnp.zeros(3), "scale": 1.0}
+    trained, _ = fit(model, steps=2)
+    np.testing.assert_array_equal(trained["number"], np.arange(3))
+    assert eqx.tree_equal(trained["ode"], ode)
+    assert not np.array_equal(trained["w"], model["w"])
+
+
+def test_weakly_typed_leaves_keep_their_type():
+    trained, _ = fit({"w": jnp.zeros(3), "scale": jnp.asarray(1.0)}, steps=3)
+    assert trained["scale"].dtype == jnp.float64
+    assert not trained["scale"].weak_type
+
+
+def test_summary_and_columns_tell_the_run():
+    _, history = fit(START, steps=12)
+    assert len(history) == 12
+    assert np.all(np.diff(history["seconds"]) >= 0)
+    gradient = 2 * X.T @ (-Y) / 10
+    assert history["gradient_norm"][0] == pytest.approx(np.linalg.norm(gradient))
+    text = history.summary()
+    assert "12 steps" in text and f"{history['loss'][-1]:.4g}" in text
+    with pytest.raises(KeyError, match="`nfe` is not in the history"):
+        history["nfe"]
+
+
+def test_no_steps_change_nothing():
+    model, history = fit(START, steps=0)
+    assert model["w"] is START["w"] or np.array_equal(model["w"], START["w"])
+    assert len(history) == 0 and history.summary().startswith("0 steps")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress_goes_to_the_error_stream(installed, monkeypatch, capsys):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: find(name) if installed or name != "tqdm" else None,
+    )
+    _, history = fit(START, steps=30, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "30/30" in err and f"{history['loss'][-1]:.4g}" in err
