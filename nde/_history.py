@@ -68,7 +68,7 @@ class Reports:
     def __init__(self, steps: int, progress: bool):
         self.pending, self.records, self.times = [], [], []
         self.began = time.perf_counter()
-        self.show = _progress(steps) if progress else _Silent()
+        self.shown = _progress(steps) if progress else None
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep the record of one more step, on the device."""
@@ -81,8 +81,14 @@ class Reports:
         now, last = time.perf_counter() - self.began, self.times[-1] if self.times else 0.0
         self.times += np.linspace(last, now, len(fetched) + 1)[1:].tolist()
         self.records += fetched
-        self.show.update(len(fetched), fetched[-1])
+        if self.shown is not None:
+            self.shown.update(len(fetched), fetched[-1])
         return list(enumerate(fetched, start=first))
+
+    def close(self) -> None:
+        """End the progress on the screen."""
+        if self.shown is not None:
+            self.shown.close()
 
     def columns(self) -> dict[str, np.ndarray]:
         """Name to array, the first axis one row per step."""
@@ -131,11 +137,3 @@ class _Lines:
 
     def close(self) -> None:
         sys.stderr.flush()
-
-
-class _Silent:
-    def update(self, steps: int, record: dict[str, np.ndarray]) -> None:
-        """Show nothing."""
-
-    def close(self) -> None:
-        """Nothing to close."""

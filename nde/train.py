@@ -247,7 +247,7 @@ def _train(
         error.history = History(reports.columns(), compile_seconds)
         raise
     finally:
-        reports.show.close()
+        reports.close()
     return state.params, reports.columns(), compile_seconds
 
 
