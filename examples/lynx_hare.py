@@ -206,8 +206,8 @@ def main(steps: int = 2000, plot: bool = True, *, seed: int = 0) -> dict:
     return results
 
 
-# *What to take away*: the freer the model, the better it fits the years it has seen. The forecast is
-# carried by the equations: the network beside them changes it by less than its starts differ.
+# *What to take away*: the freer the model, the better it fits the years it has seen. The forecast
+# is carried by the equations: the network beside them changes it by less than its starts differ.
 # *Next*: give the network another prior (`PENALTY`), or a place inside the equations (`combine=`).
 
 if __name__ == "__main__":

@@ -63,8 +63,10 @@ def solve_ode(
     """
     check_times(ts, model.dt0)
     check_state(y0)
+    # Times and states meet in every step: both get the higher precision of the two.
+    dtype = max((x.dtype for x in jax.tree.leaves((ts, y0))), key=lambda d: jnp.finfo(d).bits)
+    ts, y0 = jax.tree.map(lambda x: jnp.asarray(x, dtype=dtype), (ts, y0))
     check_precision(model.stepsize_controller, y0)
-    ts, y0 = jax.tree.map(jnp.asarray, (ts, y0))
     check_vector_field(model.vector_field, ts[0], y0, args)
     # Products of reduced precision, a default of recent GPUs, look like a rough field.
     # pyright does not see the attributes that jax adds to its configuration.

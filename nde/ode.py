@@ -74,7 +74,8 @@ class NeuralODE(AbstractODE):
 
         Args:
             ts: Times, shape (times,), ordered; the solve runs from the first to the last.
-            y0: State at `ts[0]`, an array or a PyTree of arrays, of any shape.
+            y0: State at `ts[0]`, an array or a PyTree of arrays, of any shape. It takes the
+                precision of `ts` if that is higher.
             args: Passed to the vector field.
             throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
                 was not reached.

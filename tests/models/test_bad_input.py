@@ -40,6 +40,7 @@ def at(values, index, value):
 
 CLIPPED = diffrax.ClipStepSizeController(diffrax.PIDController(rtol=-1e-3, atol=1e-6))
 EARLY = jnp.asarray([1e8, 2e8], dtype=jnp.float32)
+SINGLES = TS.astype(jnp.float32)
 SINGLE = jnp.ones(2, dtype=jnp.float32)
 
 # (row of the table of bad inputs, call, words of the message)
@@ -57,7 +58,11 @@ SOLVES = [
     (10, lambda: solve(**pid(0.0, 0.0)), ["`rtol`", "`atol`", "positive"]),
     (11, lambda: solve(**pid(1e-3, -1e-6)), ["`atol` is -1e-06", "positive"]),
     (11, lambda: solve(stepsize_controller=CLIPPED), ["`rtol` is -0.001", "positive"]),
-    (12, lambda: solve(y0=SINGLE, **pid(1e-12, 1e-12)), ["`rtol`", "1.2e-06", "jax_enable_x64"]),
+    (
+        12,
+        lambda: solve(ts=SINGLES, y0=SINGLE, **pid(1e-12, 1e-12)),
+        ["`rtol`", "1.2e-06", "jax_enable_x64"],
+    ),
     (15, lambda: solve(ts=at(TS, 1, 0.9)), ["`ts`", "ts[1]=0.9", "ts[2]=0.5"]),
     (16, lambda: solve(ts=at(TS, 2, jnp.nan)), ["`ts` is nan at index 2"]),
     (17, lambda: solve(ts=jnp.ones((3, 5))), ["`ts` has shape (3, 5)", "jax.vmap"]),
