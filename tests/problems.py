@@ -1,7 +1,7 @@
 """Test problems: a field, a start, an end and, where it is known, the solution.
 
-Fields take `args`, a dictionary of parameters; `params` holds values for it. Where `exact` is None the
-reference is Dopri8 with small steps, see `reference`. Separable systems hold a pair of fields instead,
+Fields take `args`, a dictionary of parameters; `params` holds values for it. Where `exact` is None
+the reference is Dopri8 with small steps, see `reference`. Separable systems hold a pair of fields,
 (dq/dt of p, dp/dt of q), and y = (q, p).
 """
 
@@ -37,7 +37,7 @@ def reference(problem: Problem, ts: Array) -> PyTree[Array]:
     field = problem.vector_field
     if "separable" in problem.tags:
         dq, dp = problem.vector_field
-        field = lambda t, y, params: (dq(t, y[1], params), dp(t, y[0], params))  # noqa: E731
+        field = lambda t, y, params: (dq(t, y[1], params), dp(t, y[0], params))
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         diffrax.Dopri8(),

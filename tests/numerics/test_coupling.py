@@ -1,7 +1,7 @@
 """Rewinding gives the gradient that autodiff of the forward steps gives, to rounding.
 
 The oracle is `jax.grad` through a plain scan of `solver.step`. The rewinding loop below is what an
-adjoint does: all lanes at once, one `jax.vjp` of a vmapped function per evaluation, shared parameters.
+adjoint does: all lanes at once, one `jax.vjp` of a vmapped function per evaluation.
 """
 
 from collections.abc import Callable
@@ -158,7 +158,7 @@ def rewound_gradient(solver, case: Case, steps: Grid, inside: bool):
     ct_params = ct_params if ct_p is None else coupling.total((1.0, ct_params), (1.0, ct_p))
 
     def start(params, y0):
-        one = lambda lane, t, y: solver.start(case.build(params, lane), t, y, params)  # noqa: E731
+        one = lambda lane, t, y: solver.start(case.build(params, lane), t, y, params)
         return jax.vmap(one)(case.lanes, steps.t0[0], y0)
 
     _, transpose = jax.vjp(start, case.params, case.y0)
@@ -192,7 +192,7 @@ def pull_output(solver, case: Case, now: Grid, ct):
 
 def relative(a, b):
     """The largest difference between two pytrees, relative to the largest entry of each leaf."""
-    scale = lambda y: jnp.max(jnp.abs(y)) + 1e-300  # noqa: E731
+    scale = lambda y: jnp.max(jnp.abs(y)) + 1e-300
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(float(jnp.max(jnp.abs(x - y)) / scale(y)) for x, y in pairs)
 
@@ -203,7 +203,7 @@ def repeated(y0):
 
 def ode(name: str) -> Case:
     problem = PROBLEMS[name]
-    build = lambda params, lane: terms(problem)  # noqa: E731
+    build = lambda params, lane: terms(problem)
     return Case(build, problem.params, jnp.zeros(LANES), repeated(problem.y0))
 
 
@@ -214,7 +214,7 @@ def cde() -> Case:
 
     def build(params, lane):
         path = diffrax.LinearInterpolation(ts, params["xs"] * lane)
-        field = lambda t, y, p: jnp.tanh(p["A"] @ y).reshape(3, 2)  # noqa: E731
+        field = lambda t, y, p: jnp.tanh(p["A"] @ y).reshape(3, 2)
         return diffrax.ControlTerm(field, path)
 
     params = {
@@ -230,8 +230,8 @@ def sde() -> Case:
 
     def build(params, lane):
         brownian = diffrax.UnsafeBrownianPath((2,), lane)  # keyed by the bits of both times
-        drift = lambda t, y, p: jnp.tanh(p["A"] @ y)  # noqa: E731
-        diffusion = lambda t, y, p: 0.3 * jnp.sin(p["B"] @ y).reshape(3, 2)  # noqa: E731
+        drift = lambda t, y, p: jnp.tanh(p["A"] @ y)
+        diffusion = lambda t, y, p: 0.3 * jnp.sin(p["B"] @ y).reshape(3, 2)
         return diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, brownian))
 
     params = {
@@ -365,7 +365,7 @@ def count_calls(fn) -> int:
 )
 def test_evaluations_of_one_rewound_step(solver, evaluations):
     def rewind(field):
-        build = lambda params, lane: diffrax.ODETerm(field)  # noqa: E731
+        build = lambda params, lane: diffrax.ODETerm(field)
         case = Case(build, (), jnp.zeros(LANES), jnp.ones((LANES, 3)))
         members = jax.vmap(lambda y: solver.start(diffrax.ODETerm(lambda *a: a[1]), 0.0, y, None))
         members = members(case.y0)
