@@ -34,12 +34,13 @@ class State(NamedTuple):
     """What a reversible solver carries beside the solution.
 
     Attributes:
-        others: The members that are not y, each of the structure of y.
+        others: The members that are not y, each of the structure of y; None if there are none
+            (diffrax's `BacksolveAdjoint` cannot take an empty tuple).
         carried: With shared ends, the field value that ended the last step; otherwise None. It
             saves work and is no member: it is recomputed when the gradient is.
     """
 
-    others: Members
+    others: Members | None
     carried: PyTree
 
 
@@ -117,13 +118,13 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
         As `coupling.finish_rewind`.
         """
 
-    def members(self, y: PyTree, others: Members) -> Members:
+    def members(self, y: PyTree, others: Members | None) -> Members:
         """The members, from the solution and `State.others`."""
-        return (y, *others)
+        return (y, *(others or ()))
 
-    def split(self, members: Members) -> tuple[PyTree, Members]:
+    def split(self, members: Members) -> tuple[PyTree, Members | None]:
         """The solution and `State.others`, from the members."""
-        return members[0], members[1:]
+        return members[0], members[1:] or None
 
     def init(self, terms, t0, t1, y0, args) -> State:
         del t1

@@ -51,7 +51,7 @@ class AbstractSymplecticSolver(AbstractCoupledSolver):
         return tuple(y)
 
     def split(self, members):
-        return members, ()
+        return members, None
 
     def couplings(self, full=False):
         del full
