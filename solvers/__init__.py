@@ -9,4 +9,6 @@ if __name__ != "nde.solvers":
         "not be recognised by the first. Install the project with `pip install -e .`."
     )
 
-from nde.solvers.discrete_adjoint import DiscreteAdjoint as DiscreteAdjoint
+from nde.solvers.discrete_adjoint import DiscreteAdjoint
+
+__all__ = ["DiscreteAdjoint"]

@@ -4,13 +4,11 @@
 `lanes` does, because only a primitive sees the mapped axis before it is differentiated.
 """
 
-# One primitive with its own batching, differentiation and lowering rules.
-# The floating-point number just before, stepping over denormals as diffrax does at t1.
-from equinox.internal import prevbefore as prevbefore
-
 # Evaluates a traced step again under another transformation.
 from jax.core import ShapedArray as ShapedArray
 from jax.core import eval_jaxpr as eval_jaxpr
+
+# One primitive with its own batching, differentiation and lowering rules.
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching

@@ -17,7 +17,9 @@ from jaxtyping import Array, PyTree
 from nde.solvers.program import Start, code
 
 
-def check_options(name: str, max_steps: int | None, saveat: diffrax.SaveAt, y0: PyTree[Array]) -> None:
+def check_options(
+    name: str, max_steps: int | None, saveat: diffrax.SaveAt, y0: PyTree[Array]
+) -> None:
     """What an adjoint of ours needs whatever the numbers are."""
     if max_steps is None:
         raise ValueError(
@@ -51,7 +53,9 @@ def check_tolerances(controller: diffrax.AbstractStepSizeController, y0: PyTree[
     known = {k: float(v) for k, v in tolerances.items() if isinstance(v, (int, float, np.ndarray))}
     for name, value in known.items():
         if not value >= 0:
-            raise ValueError(f"`{name}` is {value}; a tolerance must be positive, for example 1e-6.")
+            raise ValueError(
+                f"`{name}` is {value}; a tolerance must be positive, for example 1e-6."
+            )
     if len(known) == 2 and max(known.values()) == 0:
         raise ValueError(
             "`rtol` and `atol` are both 0, which no step can meet; at least one must be positive, for "
@@ -65,7 +69,9 @@ def check_tolerances(controller: diffrax.AbstractStepSizeController, y0: PyTree[
         )
 
 
-def check_vector_field(terms: PyTree[diffrax.AbstractTerm], t0: Array, y0: PyTree[Array], args: Any):
+def check_vector_field(
+    terms: PyTree[diffrax.AbstractTerm], t0: Array, y0: PyTree[Array], args: Any
+):
     """The field of an ODE must return what the state is made of."""
     term = getattr(terms, "term", None)  # diffrax wraps what it was given
     if not isinstance(term, diffrax.ODETerm):

@@ -14,6 +14,8 @@ Memory:     2 `checkpoints` states, or about 4 sqrt(max_steps) if that is more; 
 Reference:  On Neural Differential Equations, Kidger (2022), section 5.1 | arXiv:2202.02435
 """
 
+from typing import cast
+
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
@@ -93,12 +95,10 @@ class _StoredSolve(AbstractSolve):
 
     def keep(self, out: Moving) -> replay.Trail:
         steps = jnp.where(out.result == 0, out.accepted, 0)
-        return replay.Trail(out.tape, steps[None], tuple(index[None] for index in out.ts_index))
+        return replay.Trail(cast(tapes.Tape, out.tape), steps[None], tuple(index[None] for index in out.ts_index))
 
     def pull_back(self, consts, start, batch, kept, ct, wanted) -> Gradients:
         steps, ts_index = kept.steps[0], tuple(index[0] for index in kept.ts_index)
         trail = kept._replace(steps=steps, ts_index=ts_index)
-        out = replay.run(
-            self.traced, consts, start.ts, batch, trail, ct, wanted, self._longest
-        )
+        out = replay.run(self.traced, consts, start.ts, batch, trail, ct, wanted, self._longest)
         return Gradients(out.y, out.state, out.consts)

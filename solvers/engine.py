@@ -86,7 +86,9 @@ class AbstractSolve(abc.ABC):
     def check_perturbed(self, perturbed: tuple[bool, ...]) -> None:
         n = len(self.traced.pool.consts)
         moving = jax.tree.unflatten(jax.tree.structure(self._start), perturbed[n:])
-        names = [name for field, name in _NAMES.items() if any(jax.tree.leaves(getattr(moving, field)))]
+        names = [
+            name for field, name in _NAMES.items() if any(jax.tree.leaves(getattr(moving, field)))
+        ]
         used = self.traced.differentiable()
         stray = any(p and i not in used for i, p in enumerate(perturbed[:n]))
         if stray or any(jax.tree.leaves(moving.controller_state)):
@@ -175,25 +177,8 @@ def finish(
     saved = iter(zip(traced.saves, out.saved_ts, out.saved_ys, out.ts_index, strict=True))
     buffers = []
     for sub, blank in saves(saveat, init_state):
-        fn = sub.fn
-        ts, ys, row, at_end = blank.ts, blank.ys, int(sub.t0), bool(sub.t1)
-        if is_inner(sub):
-            save, ts, ys, index = next(saved)
-            ts = jnp.where(jnp.isinf(ts), blank.ts, ts)
-            row = save.row(index, out.accepted)
-            if save.times:
-                first, last = save.offset, save.offset + save.times
-                fill = lambda: _write(ts, ys, slice(first, last), t0, fn(t0, out.y, args))
-                ts, ys = jax.lax.cond(t0 == t1, fill, lambda: (ts, ys))
-                row = jnp.where(t0 == t1, last, row)
-            if save.every:
-                there = (out.accepted > 0) & (out.accepted % save.every == 0)
-                row, at_end = jnp.where(there, save.rows, row), at_end and save.every > 1
-        if sub.t0:
-            ts, ys = _write(ts, ys, 0, t0, fn(t0, init_state.y, args))
-        if at_end:
-            ts, ys = _write(ts, ys, row, out.tprev, fn(out.tprev, out.y, args))
-        buffers.append((ts, ys))
+        inner = next(saved) if is_inner(sub) else None
+        buffers.append(_outputs(sub, blank, inner, args, t0, t1, init_state.y, out))
     final = eqx.tree_at(
         lambda s: [x for _, b in saves(saveat, s) for x in (b.ts, b.ys)],
         init_state,
@@ -213,6 +198,30 @@ def finish(
         list(fields.values()),
         is_leaf=lambda x: x is None,
     )
+
+
+def _outputs(
+    sub: diffrax.SubSaveAt, blank: Any, inner: tuple | None, args: Any, t0, t1, y0, out: Moving
+) -> tuple[Array, PyTree[Array]]:
+    """The rows of one `SubSaveAt`: those of the loop, and those at its two ends."""
+    ts, ys, row, at_end = blank.ts, blank.ys, int(sub.t0), bool(sub.t1)
+    if inner is not None:
+        save, ts, ys, index = inner
+        ts = jnp.where(jnp.isinf(ts), blank.ts, ts)
+        row = save.row(index, out.accepted)
+        if save.times:
+            rows = slice(save.offset, save.offset + save.times)
+            fill = lambda ts, ys: _write(ts, ys, rows, t0, sub.fn(t0, out.y, args))
+            ts, ys = jax.lax.cond(t0 == t1, fill, lambda ts, ys: (ts, ys), ts, ys)
+            row = jnp.where(t0 == t1, rows.stop, row)
+        if save.every:
+            there = (out.accepted > 0) & (out.accepted % save.every == 0)
+            row, at_end = jnp.where(there, save.rows, row), at_end and save.every > 1
+    if sub.t0:
+        ts, ys = _write(ts, ys, 0, t0, sub.fn(t0, y0, args))
+    if at_end:
+        ts, ys = _write(ts, ys, row, out.tprev, sub.fn(out.tprev, out.y, args))
+    return ts, ys
 
 
 def _write(ts: Array, ys: PyTree[Array], row, t: Array, y: PyTree[Array]):

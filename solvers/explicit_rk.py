@@ -23,17 +23,17 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 
-def is_unrolled(solver: diffrax.AbstractSolver) -> bool:
-    """Whether the solver's step is the one that its tableau describes."""
+def tableau_of(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
+    """The tableau that describes the solver's step, if one does."""
     cls = type(solver)
-    return (
-        issubclass(cls, diffrax.AbstractERK)
-        and cls.step is diffrax.AbstractERK.step
-        and isinstance(cls.tableau, diffrax.ButcherTableau)
-    )
+    if issubclass(cls, diffrax.AbstractERK) and cls.step is diffrax.AbstractERK.step:
+        return cls.tableau if isinstance(cls.tableau, diffrax.ButcherTableau) else None
+    return None
 
 
-def combine(y0: PyTree[Array] | None, weights: Sequence[float], ks: list[PyTree[Array]]) -> PyTree:
+def combine(
+    y0: PyTree[Array] | None, weights: Sequence[float] | np.ndarray, ks: list[PyTree[Array]]
+) -> PyTree[Array]:
     """y0 + sum_i weights_i k_i, without the terms whose weight is zero."""
     terms = [(float(w), k) for w, k in zip(weights, ks, strict=False) if w != 0]
     if not terms:

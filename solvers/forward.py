@@ -39,7 +39,12 @@ class Moving(NamedTuple):
 
 
 def run(
-    traced: Traced, consts: list[Array], start: Start, batch: Batch, max_steps: int, slots: int | None
+    traced: Traced,
+    consts: list[Array],
+    start: Start,
+    batch: Batch,
+    max_steps: int,
+    slots: int | None,
 ) -> Moving:
     """Solves in all lanes. `slots`: how many states to keep for the backward pass; None: no tape."""
     lanes, floor = batch.lanes, end_floor(start.t1)
@@ -60,12 +65,9 @@ def run(
         )  # fmt: skip
         accept = live & step.keep
         index = c.attempts[0] if traced.uniform else c.accepted
-        jump = c.made_jump if traced.jumps else None
-        c = c._replace(
-            tape=None
-            if c.tape is None
-            else tapes.record(c.tape, index, accept, (c.y, c.state), c.tprev, c.tnext, jump)
-        )
+        if c.tape is not None:
+            at = (index, accept, (c.y, c.state), c.tprev, c.tnext, c.made_jump)
+            c = c._replace(tape=tapes.record(c.tape, *at))
         c = _save(traced, consts, start, batch, c, step, accept)
         c = _advance(c, step, live, accept)
         if traced.jumps and jax.tree.leaves(c.cache):
@@ -83,7 +85,7 @@ def run(
         zeros,
         None
         if slots is None
-        else tapes.start((start.y, start.state), start.tprev, start.tnext, jump, slots, max_steps),
+        else tapes.start((start.y, start.state), start.tprev, jump, slots, max_steps),
     )  # fmt: skip
     last = jax.lax.while_loop(cond, body, first)
     stopped = code(diffrax.RESULTS.max_steps_reached)
@@ -149,9 +151,7 @@ def _save(traced, consts, start: Start, batch: Batch, c: Moving, step: Step, acc
             at_step = batch.per_lane(save.at_step, range(len(consts)))
             rows = _save_at_step(save, at_step, consts, c, step, accept, rows)
         ts_index[j], saved_ts[j], saved_ys[j] = rows
-    return c._replace(
-        ts_index=tuple(ts_index), saved_ts=tuple(saved_ts), saved_ys=tuple(saved_ys)
-    )
+    return c._replace(ts_index=tuple(ts_index), saved_ts=tuple(saved_ts), saved_ys=tuple(saved_ys))
 
 
 def _save_at_times(save: Save, at_time, consts, ts, c: Moving, step: Step, accept, rows):

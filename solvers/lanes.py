@@ -194,7 +194,7 @@ def _tangent_avals(*args, program: Program, sizes, **params):
 def _pullback_avals(*args, program: Program, sizes, levels, outer, perturbed, given):
     del program, given
     avals = []
-    for operand, has, wanted in zip(args, levels, perturbed):
+    for operand, has, wanted in zip(args, levels, perturbed, strict=False):
         if wanted:
             shape = sizes[:outer] + operand.shape[sum(has[:outer]) :]
             avals.append(ShapedArray(shape, operand.dtype))
@@ -255,9 +255,7 @@ def _mapped_size(args, dims) -> int:
 
 def _new_level(args, dims, levels):
     """Operands with the new axis in front, and levels that say who has it."""
-    operands = [
-        x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)
-    ]
+    operands = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     return operands, tuple((d is not None, *has) for d, has in zip(dims, levels, strict=True))
 
 
@@ -277,9 +275,7 @@ def _filled(args, dims, slots, size):
 def _solve_batch(args, dims, *, program: Program, sizes, levels, keep):
     size = _mapped_size(args, dims)
     operands, levels = _new_level(args, dims, levels)
-    out = solve_p.bind(
-        *operands, program=program, sizes=(size, *sizes), levels=levels, keep=keep
-    )
+    out = solve_p.bind(*operands, program=program, sizes=(size, *sizes), levels=levels, keep=keep)
     slots = program.results + (program.kept if keep else ())
     return out, [_lane_axis(slot) for slot in slots]
 

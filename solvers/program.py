@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from nde.solvers._compat import prevbefore
 from nde.solvers.hoist import Hoisted, Pool
 from nde.solvers.stepper import AbstractStepper
 
@@ -101,7 +100,7 @@ def trace(
     uniform, jumps = _controller_habits(stepper, controller, start)
     jumps = jumps or fresh_jumps
     bit = lambda jump: jump if jumps else False
-    order = stepper.solver.error_order(stepper.terms)
+    order: Any = stepper.solver.error_order(stepper.terms)
     subs = inner_saves(saveat, init_state)
     dense = any(sub.ts is not None for sub, _ in subs)
 
@@ -113,16 +112,17 @@ def trace(
             tprev, tnext, y, guess, stepper.args, y_error, order, controller_state
         )
         t = jnp.minimum(t, t1)
-        t_end = _clip_to_end(t, t_end, t1, floor, keep)
+        t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, keep)
         solver_result = diffrax.RESULTS.where(keep, tried.result, diffrax.RESULTS.successful)
         ok = solver_result == diffrax.RESULTS.successful
         result = diffrax.RESULTS.where(ok, result, solver_result)
         # An infinite or undefined state is never a solution, even where no error estimate objects.
-        lost = jnp.asarray(keep) & ~finite
-        result = diffrax.RESULTS.where(lost, diffrax.RESULTS.nonfinite, result)
+        result = jnp.where(
+            jnp.asarray(keep) & ~finite, code(diffrax.RESULTS.nonfinite), code(result)
+        )
         return Step(
             jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
-            t, t_end, controller_state, code(result), tried.dense_info if dense else None,
+            t, t_end, controller_state, result, tried.dense_info if dense else None,
         )  # fmt: skip
 
     def advance(y, state, t0, t1, made_jump):
@@ -138,9 +138,7 @@ def trace(
     hoisted_advance = pool.hoist(advance, start.y, start.state, tprev, tnext, start.made_jump)
     info = jax.eval_shape(advance, start.y, start.state, tprev, tnext, start.made_jump)[2]
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
-    return Traced(
-        pool, hoisted_attempt, hoisted_advance, hoisted_cache, saves, uniform, jumps
-    )
+    return Traced(pool, hoisted_attempt, hoisted_advance, hoisted_cache, saves, uniform, jumps)
 
 
 def code(result: Any) -> Array:
@@ -220,8 +218,8 @@ def _guarded(y0, y1, y_error, finite):
 
 
 def end_floor(t1: Array) -> Array:
-    """100 floating-point numbers before t1: a step that ends beyond it ends on t1 (as in diffrax)."""
-    return jax.lax.fori_loop(0, 100, lambda _, t: prevbefore(t), t1)
+    """About 100 spacings before t1: a step that ends beyond it ends on t1 (as in diffrax)."""
+    return t1 - 100 * (t1 - jnp.nextafter(t1, jnp.full_like(t1, -jnp.inf)))
 
 
 def _clip_to_end(tprev: Array, tnext: Array, t1: Array, floor: Array, keep) -> Array:

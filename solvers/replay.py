@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 from nde.solvers import tape as tapes
-from nde.solvers.forward import choose
 from nde.solvers.engine import Cotangents
+from nde.solvers.forward import choose
+from nde.solvers.hoist import Hoisted
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Save, Traced
 from nde.solvers.tape import Tape
@@ -99,7 +100,6 @@ class _Pull:
         self.tape, self.steps, self.saved = tape, steps, cotangents.saved_ys
         self.wanted = wanted
         self.healthy, self.donor = steps > 0, jnp.argmax(steps)
-        self.no_jump = jnp.zeros(steps.shape, bool)
         self._advance = batch.per_lane(traced.advance, range(len(consts)))
 
     def borrowed(self, tree: PyTree[Array]) -> PyTree[Array]:
@@ -111,10 +111,7 @@ class _Pull:
         """Step k of every lane that has one, else a harmless one of its own."""
         if not self.traced.uniform:
             k = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
-        jumps = self.tape.jumps
-        jump = self.no_jump if jumps is None else tapes.get(jumps, k)
-        t0, t1 = tapes.get(self.tape.starts, k), tapes.get(self.tape.ends, k)
-        return self.borrowed((t0, t1, jump))
+        return self.borrowed(tapes.times(self.tape, k))
 
     def advance(self, k: Array, state: PyTree[Array]) -> PyTree[Array]:
         y, inner = self.borrowed(state)
@@ -158,33 +155,34 @@ class _Pull:
             return ct, None
         y1, _, dense = self._advance(self.consts, y, inner, t0, t1, jump)
         ct_dense = jax.tree.map(jnp.zeros_like, dense)
-        before = tapes.get(self.tape.ends, jnp.maximum(k - 1, 0))
-        before = jnp.where(k == 0, -jnp.inf, before)
+        before = jnp.where(k == 0, -jnp.inf, tapes.get(self.tape.knots, k))
         for j, save in enumerate(self.traced.saves):
             if self.saved[j] is None:
                 continue
             if save.at_step is not None:
-                ct = self._at_step(j, save, k, active, t1, y1, ct)
+                ct = self._at_step(j, save, save.at_step, k, active, t1, y1, ct)
             if save.at_time is not None and save.times:
-                ct, ct_dense = self._at_times(j, save, k, active, before, t0, t1, dense, ct, ct_dense)
+                ct, ct_dense = self._at_times(
+                    j, save, save.at_time, k, active, before, t0, t1, dense, ct, ct_dense
+                )
         return ct, ct_dense
 
-    def _at_step(self, j, save: Save, k, active, t1, y1, ct: Running) -> Running:
+    def _at_step(self, j, save: Save, fn: Hoisted, k, active, t1, y1, ct: Running) -> Running:
         due = active & ((k + 1) % save.every == 0)
         row = jnp.where(due, save.row(ct.ts_index[j], k + 1) - 1, 0)
         ct_out = _masked(due, tapes.get(self.saved[j], row))
-        at_step = lambda consts, y, t: _inexact(save.at_step(consts, t, y))
-        ct_consts, ct_y = self._transpose(at_step, save.at_step.uses, y1, t1, ct_out)
+        at_step = lambda consts, y, t: _inexact(fn(consts, t, y))
+        ct_consts, ct_y = self._transpose(at_step, fn.uses, y1, t1, ct_out)
         return ct._replace(
             y=jax.tree.map(jnp.add, ct.y, _masked(due, ct_y)), consts=_added(ct.consts, ct_consts)
         )
 
     def _at_times(
-        self, j, save: Save, k, active, before, t0, t1, dense, ct: Running, ct_dense
+        self, j, save: Save, fn: Hoisted, k, active, before, t0, t1, dense, ct: Running, ct_dense
     ) -> tuple[Running, PyTree[Array]]:
         def at_time(consts, dense, aux):
             t0, t1, t = aux
-            return _inexact(save.at_time(consts, t0, t1, dense, t))
+            return _inexact(fn(consts, t0, t1, dense, t))
 
         def last_time(index):
             t = tapes.get(self.ts[j], jnp.maximum(index - 1, 0))
@@ -199,7 +197,7 @@ class _Pull:
             row = jnp.where(due, save.row(index - 1, jnp.broadcast_to(k, due.shape)), 0)
             ct_out = _masked(due, tapes.get(self.saved[j], row))
             aux = (t0, t1, jnp.where(due, t, t1))
-            ct_consts, ct_here = self._transpose(at_time, save.at_time.uses, dense, aux, ct_out)
+            ct_consts, ct_here = self._transpose(at_time, fn.uses, dense, aux, ct_out)
             ct_dense = jax.tree.map(jnp.add, ct_dense, _masked(due, ct_here))
             return index - due.astype(jnp.int32), ct_dense, _added(ct_all, ct_consts)
 

@@ -68,9 +68,10 @@ class AbstractStepper(eqx.Module):
 class UnrolledStepper(AbstractStepper):
     """An explicit Runge-Kutta method, written out."""
 
-    solver: diffrax.AbstractERK
+    solver: diffrax.AbstractSolver
     terms: diffrax.AbstractTerm
     args: Any
+    tableau: diffrax.ButcherTableau = eqx.field(static=True)
     carries_last_stage: bool = eqx.field(static=True)
 
     def state(self, passed):
@@ -82,7 +83,7 @@ class UnrolledStepper(AbstractStepper):
 
     def attempt(self, t0, t1, y0, state, cache, made_jump):
         del state, made_jump  # after a jump the loop has refreshed the cache
-        tableau = self.solver.tableau
+        tableau = self.tableau
         ks, y_last, f_last = explicit_rk.stages(
             tableau, self.terms, t0, t1, y0, self.args, cache, tableau.num_stages
         )
@@ -93,11 +94,9 @@ class UnrolledStepper(AbstractStepper):
 
     def advance(self, t0, t1, y0, state, made_jump, dense):
         del state, made_jump
-        tableau = self.solver.tableau
+        tableau = self.tableau
         count = tableau.num_stages if dense else explicit_rk.needed_stages(tableau)
-        ks, y_last, _ = explicit_rk.stages(
-            tableau, self.terms, t0, t1, y0, self.args, None, count
-        )
+        ks, y_last, _ = explicit_rk.stages(tableau, self.terms, t0, t1, y0, self.args, None, count)
         y1 = explicit_rk.solution(tableau, y0, ks, y_last)
         return y1, None, _dense(y0, y1, ks) if dense else None
 
@@ -108,7 +107,7 @@ class UnrolledStepper(AbstractStepper):
         return None
 
     def evaluations(self, t0, t1, y0, state):
-        stages = self.solver.tableau.num_stages
+        stages = self.tableau.num_stages
         return (1, stages - 1) if self.carries_last_stage else (0, stages)
 
 
@@ -148,10 +147,11 @@ def stepper_for(
     solver: diffrax.AbstractSolver, terms: PyTree[diffrax.AbstractTerm], args: Any, t0, t1, y0
 ) -> AbstractStepper:
     """Chooses how the solver is run."""
-    if not explicit_rk.is_unrolled(solver):
+    tableau = explicit_rk.tableau_of(solver)
+    if tableau is None:
         return SolverStepper(solver, terms, args)
-    carries = solver.tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
-    return UnrolledStepper(solver, terms, args, carries)
+    carries = tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
+    return UnrolledStepper(solver, terms, args, tableau, carries)
 
 
 def _evaluations(solver, terms, args, t0, t1, y0, state) -> tuple[int, int]:
@@ -159,13 +159,16 @@ def _evaluations(solver, terms, args, t0, t1, y0, state) -> tuple[int, int]:
         once, step = _evaluations(solver.solver, terms, args, t0, t1, y0, state)
         return once, 3 * step
     # Solvers that loop over their stages say how many there are.
-    if issubclass(type(solver), diffrax.AbstractRungeKutta):
+    if isinstance(solver, diffrax.AbstractRungeKutta):
         tableau = solver.tableau
         if isinstance(tableau, diffrax.MultiButcherTableau):
             tableau = tableau.tableaus[0]
         return (1, tableau.num_stages - 1) if tableau.fsal else (0, tableau.num_stages)
-    if issubclass(type(solver), diffrax.AbstractSRK):
-        return 0, len(solver.tableau.b_sol)
+    if isinstance(solver, diffrax.AbstractSRK):
+        skipped = solver.tableau.ignore_stage_f
+        return 0, len(solver.tableau.b_sol) - (0 if skipped is None else int(sum(skipped)))
+    if isinstance(solver, diffrax.ReversibleHeun):
+        return 1, 1  # it evaluates the start of a step again only behind a jump
     once = _calls(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
     step = _calls(lambda terms: solver.step(terms, t0, t1, y0, args, state, False), terms)
     return once, step

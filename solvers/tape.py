@@ -23,9 +23,11 @@ class Tape(NamedTuple):
     """Accepted steps. Arrays have a row axis, then the lane axis."""
 
     states: PyTree[Array]  # (slots + 1, lanes, ...); the last row takes what is not kept
-    starts: Array  # (max_steps + 1, lanes)
-    ends: Array
-    jumps: Array | None  # whether the field jumped at the start of the step
+    knots: (
+        Array  # (max_steps + 2, lanes): step k ends at row k + 1, and starts where the last ended
+    )
+    starts: Array | None  # unless the field may jump there; then here, a spacing or two later
+    jumps: Array | None  # whether it did
 
 
 def slot(k: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
@@ -68,7 +70,9 @@ def put(rows: PyTree[Array], index: Int[Array, "..."], value: PyTree[Array]) -> 
         x = x if x.dtype == buffer.dtype else x.astype(buffer.dtype)
         if jnp.ndim(index) == 0:
             return jax.lax.dynamic_update_index_in_dim(buffer, x, index, 0)
-        return buffer.at[index, jnp.arange(x.shape[0], dtype=index.dtype)].set(x, mode="drop", unique_indices=True)
+        return buffer.at[index, jnp.arange(x.shape[0], dtype=index.dtype)].set(
+            x, mode="drop", unique_indices=True
+        )
 
     return jax.tree.map(write, rows, value)
 
@@ -85,11 +89,10 @@ def get(rows: PyTree[Array], index: Int[Array, "..."]) -> PyTree[Array]:
     return jax.tree.map(read, rows)
 
 
-def start(state: PyTree[Array], t0: Array, t1: Array, jump: Array | None, slots: int, steps: int):
-    """A tape with nothing on it yet."""
-    rows = steps + 1
-    jumps = None if jump is None else blank(jump, rows)
-    return Tape(blank(state, slots + 1), blank(t0, rows), blank(t1, rows), jumps)
+def start(state: PyTree[Array], t0: Array, jump: Array | None, slots: int, steps: int) -> Tape:
+    """A tape with nothing on it yet. `jump` is None where the field cannot jump."""
+    starts, jumps = (None, None) if jump is None else (blank(t0, steps + 2), blank(jump, steps + 2))
+    return Tape(blank(state, slots + 1), blank(t0, steps + 2), starts, jumps)
 
 
 def record(
@@ -99,20 +102,27 @@ def record(
     state: PyTree[Array],
     t0: Array,
     t1: Array,
-    jump: Array | None,
+    jump: Array,
 ) -> Tape:
     """Notes that step k went from `state` at t0 to t1, in the lanes that accept it.
 
     With an index common to all lanes, lanes that do not accept write a step of length zero.
     """
-    slots, rows = jax.tree.leaves(tape.states)[0].shape[0] - 1, tape.starts.shape[0] - 1
+    slots, last = jax.tree.leaves(tape.states)[0].shape[0] - 1, tape.knots.shape[0] - 1
     kept = k % stride(k + 1, slots) == 0
-    where, step = jnp.where(kept, slot(k, slots), slots), k
+    where, row = jnp.where(kept, slot(k, slots), slots), k
     if jnp.ndim(k) > 0:
-        where, step = jnp.where(accept, where, slots), jnp.where(accept, k, rows)
+        where, row = jnp.where(accept, where, slots), jnp.where(accept, k, last)
     return Tape(
         put(tape.states, where, state),
-        put(tape.starts, step, t0),
-        put(tape.ends, step, jnp.where(accept, t1, t0)),
-        None if tape.jumps is None else put(tape.jumps, step, jump),
+        put(tape.knots, row + 1, jnp.where(accept, t1, t0)),
+        None if tape.starts is None else put(tape.starts, row, t0),
+        None if tape.jumps is None else put(tape.jumps, row, jump),
     )
+
+
+def times(tape: Tape, k: Int[Array, "..."]) -> tuple[Array, Array, Array]:
+    """Where step k starts and ends, and whether the field jumped at its start."""
+    t0 = get(tape.knots if tape.starts is None else tape.starts, k)
+    jump = jnp.zeros(t0.shape, bool) if tape.jumps is None else get(tape.jumps, k)
+    return t0, get(tape.knots, k + 1), jump
