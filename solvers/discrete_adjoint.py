@@ -87,15 +87,17 @@ class _StoredSolve(AbstractSolve):
     adjoint = "DiscreteAdjoint"
 
     def __init__(self, traced: Traced, start: Start, max_steps: int, checkpoints: int):
-        self._slots, self._longest = tapes.plan(checkpoints, max_steps)
+        self._states, self._longest = tapes.plan(checkpoints, max_steps)
         super().__init__(traced, start, max_steps)
 
-    def slots(self) -> int:
-        return self._slots
+    def states(self) -> tapes.Doubling:
+        return self._states
 
     def keep(self, out: Moving) -> replay.Trail:
         steps = jnp.where(out.result == 0, out.accepted, 0)
-        return replay.Trail(cast(tapes.Tape, out.tape), steps[None], tuple(index[None] for index in out.ts_index))
+        return replay.Trail(
+            cast(tapes.Tape, out.tape), steps[None], tuple(index[None] for index in out.ts_index)
+        )
 
     def pull_back(self, consts, start, batch, kept, ct, wanted) -> Gradients:
         steps, ts_index = kept.steps[0], tuple(index[0] for index in kept.ts_index)

@@ -18,6 +18,7 @@ from nde.solvers.forward import Moving
 from nde.solvers.lanes import Batch, Slot
 from nde.solvers.program import Start, Traced, code, from_code, inner_saves, is_inner, saves
 from nde.solvers.stepper import AbstractStepper
+from nde.solvers.tape import Doubling, Every
 
 _DIFFERENTIABLE = ("y", "state", "saved_ys")
 _ROWED = ("saved_ts", "saved_ys")
@@ -58,8 +59,8 @@ class AbstractSolve(abc.ABC):
         self.kept = tuple(_slot(x, rowed=True) for x in jax.tree.leaves(kept))
 
     @abc.abstractmethod
-    def slots(self) -> int | None:
-        """How many states the forward loop keeps."""
+    def states(self) -> Doubling | Every:
+        """Which states the forward loop writes down."""
 
     @abc.abstractmethod
     def keep(self, out: Moving) -> PyTree[Array]:
@@ -125,8 +126,8 @@ class AbstractSolve(abc.ABC):
 
     def _run(self, operands: list[Array], batch: Batch, keep: bool) -> Moving:
         consts = operands[: len(self.traced.pool.consts)]
-        start, slots = self._spread(operands, batch), self.slots() if keep else None
-        return forward.run(self.traced, consts, start, batch, self.max_steps, slots)
+        start, states = self._spread(operands, batch), self.states() if keep else None
+        return forward.run(self.traced, consts, start, batch, self.max_steps, states)
 
     def _spread(self, operands: list[Array], batch: Batch) -> Start:
         n = len(self.traced.pool.consts)

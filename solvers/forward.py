@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from nde.solvers import tape as tapes
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Save, Start, Step, Traced, code, end_floor
-from nde.solvers.tape import Tape
+from nde.solvers.tape import Doubling, Every, Tape
 
 
 class Moving(NamedTuple):
@@ -44,9 +44,9 @@ def run(
     start: Start,
     batch: Batch,
     max_steps: int,
-    slots: int | None,
+    keep: Doubling | Every | None,
 ) -> Moving:
-    """Solves in all lanes. `slots`: how many states to keep for the backward pass; None: no tape."""
+    """Solves in all lanes. `keep`: which states to write down for the backward pass; None: no tape."""
     lanes, floor = batch.lanes, end_floor(start.t1)
     attempt = batch.per_lane(traced.attempt, range(len(consts)))
     refresh = batch.per_lane(traced.cache, range(len(consts)))
@@ -67,7 +67,7 @@ def run(
         index = c.attempts[0] if traced.uniform else c.accepted
         if c.tape is not None:
             at = (index, accept, (c.y, c.state), c.tprev, c.tnext, c.made_jump)
-            c = c._replace(tape=tapes.record(c.tape, *at))
+            c = c._replace(tape=tapes.record(keep, c.tape, *at))
         c = _save(traced, consts, start, batch, c, step, accept)
         c = _advance(c, step, live, accept)
         if traced.jumps and jax.tree.leaves(c.cache):
@@ -77,15 +77,15 @@ def run(
     zeros = jnp.zeros(lanes, jnp.int32)
     jump = start.made_jump if traced.jumps else None
     first = Moving(
-        start.y, start.state, refresh(consts, start.tprev, start.y), start.made_jump, start.tprev,
+        start.y, start.state, refresh(consts, start.tprev, start.y, start.state), start.made_jump, start.tprev,
         start.tnext, start.controller_state, start.result, zeros, zeros, zeros,
         tuple(zeros for _ in traced.saves),
         tuple(jnp.full((s.rows, lanes), jnp.inf, start.tprev.dtype) for s in traced.saves),
         tuple(_blank_rows(s, lanes) for s in traced.saves),
         zeros,
         None
-        if slots is None
-        else tapes.start((start.y, start.state), start.tprev, jump, slots, max_steps),
+        if keep is None
+        else tapes.start(keep, (start.y, start.state), start.tprev, jump, max_steps),
     )  # fmt: skip
     last = jax.lax.while_loop(cond, body, first)
     stopped = code(diffrax.RESULTS.max_steps_reached)
@@ -133,7 +133,7 @@ def _refresh(refresh, consts: list[Array], c: Moving, accept: Array) -> Moving:
     jumped = accept & c.made_jump
     cache = jax.lax.cond(
         jnp.any(jumped),
-        lambda: choose(jumped, refresh(consts, c.tprev, c.y), c.cache),
+        lambda: choose(jumped, refresh(consts, c.tprev, c.y, c.state), c.cache),
         lambda: c.cache,
     )
     return c._replace(cache=cache, refreshed=c.refreshed + jumped.astype(jnp.int32))

@@ -113,10 +113,11 @@ class Batch(NamedTuple):
         return batched
 
     def pull(self, fn: Callable[..., PyTree], uses: Sequence[int], wrt: Sequence[bool]):
-        """The transposed derivative of `fn` over all lanes.
+        """The value and the transposed derivative of `fn` over all lanes.
 
-        `fn(consts, x, aux)` is written for one lane. The result maps `(consts, x, aux, ct)` to the
-        cotangents of the consts marked in `wrt`, summed over the inner levels they lack, and of `x`.
+        `fn(consts, x, aux)` is written for one lane. The result maps `(consts, x, aux, ct)` to its
+        value, the cotangents of the consts marked in `wrt`, summed over the inner levels they lack,
+        and that of `x`.
         """
         inner_sizes = self.sizes[self.outer :]
         inner = self._over(fn, uses, self.outer, len(self.sizes))
@@ -129,8 +130,8 @@ class Batch(NamedTuple):
                 full = [next(fill) if w else c for c, w in zip(consts, wrt, strict=True)]
                 return inner(full, x, aux)
 
-            _, transpose = jax.vjp(primal, chosen, x)
-            return transpose(ct)
+            out, transpose = jax.vjp(primal, chosen, x)
+            return out, *transpose(ct)
 
         def batched(consts: list[Array], x: PyTree, aux: PyTree, ct: PyTree):
             f = one
@@ -140,9 +141,9 @@ class Batch(NamedTuple):
             outer = self.sizes[: self.outer]
             split = outer + (math.prod(inner_sizes),)
             apart = lambda tree: jax.tree.map(lambda a: a.reshape(split + a.shape[1:]), tree)
-            ct_consts, ct_x = f(consts, apart(x), apart(aux), apart(ct))
+            out, ct_consts, ct_x = f(consts, apart(x), apart(aux), apart(ct))
             flat = lambda a: a.reshape((self.lanes,) + a.shape[len(split) :])
-            return ct_consts, jax.tree.map(flat, ct_x)
+            return jax.tree.map(flat, out), ct_consts, jax.tree.map(flat, ct_x)
 
         return batched
 

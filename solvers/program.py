@@ -74,7 +74,7 @@ class Traced:
     pool: Pool
     attempt: Hoisted  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Step
     advance: Hoisted  # (y, state, t0, t1, made_jump) -> (y, state, dense_info)
-    cache: Hoisted  # (t, y) -> cache
+    cache: Hoisted  # (t, y, state) -> cache
     saves: tuple[Save, ...]
     uniform: bool  # steps are never rejected: all lanes stand at the same step
     jumps: bool  # the field may jump between steps
@@ -129,8 +129,8 @@ def trace(
         return stepper.advance(t0, t1, y, state, bit(made_jump), dense)
 
     tprev, tnext = start.tprev, start.tnext
-    hoisted_cache = pool.hoist(stepper.cache, tprev, start.y)
-    cache = jax.eval_shape(stepper.cache, tprev, start.y)
+    hoisted_cache = pool.hoist(stepper.cache, tprev, start.y, start.state)
+    cache = jax.eval_shape(stepper.cache, tprev, start.y, start.state)
     hoisted_attempt = pool.hoist(
         attempt, start.y, start.state, cache, start.made_jump, tprev, tnext, start.t1, start.t1,
         start.controller_state,

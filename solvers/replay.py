@@ -49,7 +49,7 @@ class Running(NamedTuple):
 def run(
     traced: Traced,
     consts: list[Array],
-    ts: tuple[Array | None, ...],
+    ts: tuple[Array, ...],
     batch: Batch,
     trail: Trail,
     cotangents: Cotangents,
@@ -60,47 +60,69 @@ def run(
 
     `longest`: the longest chunk, known from `max_steps`.
     """
-    tape, steps = trail.tape, trail.steps
-    slots = jax.tree.leaves(tape.states)[0].shape[0] - 1
-    healthy, donor = steps > 0, jnp.argmax(steps)
-    consts = _borrow(consts, batch, healthy, donor)
-    first = tapes.get(tape.states, jnp.zeros((), jnp.int32))
+    steps, slots = trail.steps, jax.tree.leaves(trail.tape.states)[0].shape[0] - 1
+    pull = Pull(traced, consts, ts, batch, trail, cotangents.saved_ys, wanted)
+    first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
     most = jnp.max(steps)
-    chunk = tapes.stride(most, slots)
-    pull = _Pull(traced, consts, ts, batch, tape, steps, cotangents, wanted)
+    length = tapes.stride(most, slots)
 
     def pull_chunk(i: Array, carry: tuple[Running, PyTree[Array]]):
-        ct, kept = carry
-        k0 = chunk * ((most - 1) // chunk - i)
-        length = jnp.minimum(chunk, most - k0)
-        state = choose(steps > k0, tapes.get(tape.states, tapes.slot(k0, slots)), first)
+        k0 = length * ((most - 1) // length - i)
+        state = tapes.get(trail.tape.states, tapes.slot(k0, slots))
+        return chunk(
+            pull, k0, jnp.minimum(length, most - k0), choose(steps > k0, state, first), *carry
+        )
 
-        def replay(j, carry):
-            state, kept = carry
-            kept = tapes.put(kept, j, state)
-            after = pull.advance(k0 + j, state)
-            return choose(k0 + j + 1 < steps, after, state), kept
-
-        state, kept = jax.lax.fori_loop(0, length - 1, replay, (state, kept))
-        kept = tapes.put(kept, length - 1, state)
-        step = lambda j, ct: pull.step(k0 + length - 1 - j, tapes.get(kept, length - 1 - j), ct)
-        return jax.lax.fori_loop(0, length, step, ct), kept
-
-    failed = lambda ct: choose(healthy, ct, jax.tree.map(jnp.zeros_like, ct))
-    ct = Running(failed(cotangents.y), failed(cotangents.state), wanted, trail.ts_index)
-    chunks = jnp.where(most > 0, (most - 1) // chunk + 1, 0)
+    ct = Running(pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index)
+    chunks = jnp.where(most > 0, (most - 1) // length + 1, 0)
     return jax.lax.fori_loop(0, chunks, pull_chunk, (ct, tapes.blank(first, longest)))[0]
 
 
-class _Pull:
+def chunk(
+    pull: "Pull", k0: Array, length: Array, state: PyTree[Array], ct: Running, kept: PyTree[Array]
+) -> tuple[Running, PyTree[Array]]:
+    """Replays `length` steps from the state at step k0, then pulls back through them.
+
+    `kept`: rows for at least `length` states, to be overwritten.
+    """
+
+    def replay(j, carry):
+        state, kept = carry
+        kept = tapes.put(kept, j, state)
+        after = pull.advance(k0 + j, state)
+        return choose(k0 + j + 1 < pull.steps, after, state), kept
+
+    def step(j, ct):
+        j = length - 1 - j
+        return pull.step(k0 + j, tapes.get(kept, j), ct)
+
+    state, kept = jax.lax.fori_loop(0, length - 1, replay, (state, kept))
+    kept = tapes.put(kept, length - 1, state)
+    return jax.lax.fori_loop(0, length, step, ct), kept
+
+
+class Pull:
     """One step of the backward pass. Holds what does not change from step to step."""
 
-    def __init__(self, traced, consts, ts, batch, tape, steps, cotangents, wanted):
-        self.traced, self.consts, self.ts, self.batch = traced, consts, ts, batch
-        self.tape, self.steps, self.saved = tape, steps, cotangents.saved_ys
-        self.wanted = wanted
-        self.healthy, self.donor = steps > 0, jnp.argmax(steps)
+    def __init__(
+        self,
+        traced: Traced,
+        consts: list[Array],
+        ts: tuple[Array, ...],
+        batch: Batch,
+        trail: Trail,
+        saved_ys: tuple[PyTree[Array] | None, ...],
+        wanted: dict[int, Array],
+    ):
+        self.traced, self.ts, self.batch = traced, ts, batch
+        self.tape, self.steps, self.saved, self.wanted = trail.tape, trail.steps, saved_ys, wanted
+        self.healthy, self.donor = trail.steps > 0, jnp.argmax(trail.steps)
+        self.consts = _borrow(consts, batch, self.healthy, self.donor)
         self._advance = batch.per_lane(traced.advance, range(len(consts)))
+
+    def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
+        """Cotangents, without those of lanes that failed."""
+        return _masked(self.healthy, ct)
 
     def borrowed(self, tree: PyTree[Array]) -> PyTree[Array]:
         """With the data of the donor in lanes that failed."""
@@ -146,7 +168,7 @@ class _Pull:
     def _transpose(self, fn, uses, x, aux, ct_out):
         wrt = [i in self.wanted and i in uses for i in range(len(self.consts))]
         pull = self.batch.pull(fn, range(len(self.consts)), wrt)
-        ct_consts, ct_x = pull(self.consts, x, aux, ct_out)
+        _, ct_consts, ct_x = pull(self.consts, x, aux, ct_out)
         return dict(zip([i for i, w in enumerate(wrt) if w], ct_consts, strict=True)), ct_x
 
     def _outputs(self, k, active, y, inner, t0, t1, jump, ct: Running):

@@ -41,8 +41,8 @@ class AbstractStepper(eqx.Module):
         """The state to start from, given the one that diffrax has prepared."""
         raise NotImplementedError
 
-    def cache(self, t: Array, y: PyTree[Array]) -> PyTree[Array]:
-        """The cache at (t, y)."""
+    def cache(self, t: Array, y: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
+        """The cache at (t, y, state)."""
         raise NotImplementedError
 
     def attempt(self, t0, t1, y0, state, cache, made_jump) -> Attempt:
@@ -78,7 +78,8 @@ class UnrolledStepper(AbstractStepper):
         del passed  # what diffrax would hand over is the vector field at y0, and is evaluated again
         return None
 
-    def cache(self, t, y):
+    def cache(self, t, y, state):
+        del state
         return self.terms.vf(t, y, self.args) if self.carries_last_stage else None
 
     def attempt(self, t0, t1, y0, state, cache, made_jump):
@@ -121,7 +122,7 @@ class SolverStepper(AbstractStepper):
     def state(self, passed):
         return jax.tree.map(jnp.asarray, passed)
 
-    def cache(self, t, y):
+    def cache(self, t, y, state):
         return None
 
     def attempt(self, t0, t1, y0, state, cache, made_jump):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 class Tape(NamedTuple):
     """Accepted steps. Arrays have a row axis, then the lane axis."""
 
-    states: PyTree[Array]  # (slots + 1, lanes, ...); the last row takes what is not kept
+    states: PyTree[Array]  # (rows + 1, lanes, ...); the last row takes what is not kept
     knots: (
         Array  # (max_steps + 2, lanes): step k ends at row k + 1, and starts where the last ended
     )
@@ -41,7 +41,29 @@ def stride(count: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
     return jnp.left_shift(1, 32 - jax.lax.clz(filled.astype(jnp.int32)))
 
 
-def plan(checkpoints: int, max_steps: int) -> tuple[int, int]:
+class Doubling(NamedTuple):
+    """Keeps states in a fixed number of slots, whatever the number of steps."""
+
+    rows: int  # a power of two
+
+    def row(self, k: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Where state k goes; `rows` if it is not kept."""
+        kept = k % stride(k + 1, self.rows) == 0
+        return jnp.where(kept, slot(k, self.rows), self.rows)
+
+
+class Every(NamedTuple):
+    """Keeps the state at the start of every chunk of `steps` steps."""
+
+    rows: int
+    steps: int
+
+    def row(self, k: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Where state k goes; `rows` if it is not kept."""
+        return jnp.where(k % self.steps == 0, k // self.steps, self.rows)
+
+
+def plan(checkpoints: int, max_steps: int) -> tuple[Doubling, int]:
     """Slots, and the longest stride that `max_steps` can lead to.
 
     Both are about sqrt(max_steps) once that is more than `checkpoints`.
@@ -55,7 +77,7 @@ def plan(checkpoints: int, max_steps: int) -> tuple[int, int]:
     longest = 1
     while slots * longest < max_steps:
         longest *= 2
-    return slots, longest
+    return Doubling(slots), longest
 
 
 def blank(tree: PyTree[Array], rows: int) -> PyTree[Array]:
@@ -89,13 +111,17 @@ def get(rows: PyTree[Array], index: Int[Array, "..."]) -> PyTree[Array]:
     return jax.tree.map(read, rows)
 
 
-def start(state: PyTree[Array], t0: Array, jump: Array | None, slots: int, steps: int) -> Tape:
+def start(
+    keep: Doubling | Every, state: PyTree[Array], t0: Array, jump: Array | None, steps: int
+) -> Tape:
     """A tape with nothing on it yet. `jump` is None where the field cannot jump."""
     starts, jumps = (None, None) if jump is None else (blank(t0, steps + 2), blank(jump, steps + 2))
-    return Tape(blank(state, slots + 1), blank(t0, steps + 2), starts, jumps)
+    states = blank(state, keep.rows + 1) if keep.rows else None
+    return Tape(states, blank(t0, steps + 2), starts, jumps)
 
 
 def record(
+    keep: Doubling | Every,
     tape: Tape,
     k: Int[Array, "..."],
     accept: Bool[Array, " lanes"],
@@ -108,13 +134,12 @@ def record(
 
     With an index common to all lanes, lanes that do not accept write a step of length zero.
     """
-    slots, last = jax.tree.leaves(tape.states)[0].shape[0] - 1, tape.knots.shape[0] - 1
-    kept = k % stride(k + 1, slots) == 0
-    where, row = jnp.where(kept, slot(k, slots), slots), k
+    last = tape.knots.shape[0] - 1
+    where, row = keep.row(k), k
     if jnp.ndim(k) > 0:
-        where, row = jnp.where(accept, where, slots), jnp.where(accept, k, last)
+        where, row = jnp.where(accept, where, keep.rows), jnp.where(accept, k, last)
     return Tape(
-        put(tape.states, where, state),
+        None if tape.states is None else put(tape.states, where, state),
         put(tape.knots, row + 1, jnp.where(accept, t1, t0)),
         None if tape.starts is None else put(tape.starts, row, t0),
         None if tape.jumps is None else put(tape.jumps, row, jump),
