@@ -1,15 +1,18 @@
 r"""A walk in a binary tree of bridges that remembers the branch it stands on.
 
-The root is the whole interval, of length 1 here. Node (l, j), 0 <= j < 2^l, is [j, j + 1] 2^-l; its bridge is
-drawn with the key fold_in(key, 2^l + j), so every node is a function of the key and of its place alone. A place
-is a leaf number in 0..2^depth and a fraction of that leaf; a leaf is cut once, at that fraction.
+The root is the whole interval, of length 1 here. Node (l, j), 0 <= j < 2^l, is [j, j + 1] 2^-l; its
+bridge is drawn with the key fold_in(key, 2^l + j), so every node is a function of the key and of
+its place alone. A place is a leaf number in 0..2^depth and a fraction of that leaf; a leaf is cut
+once, at that fraction.
 
-Standing at a place p means holding, for every node with p strictly inside, its two halves. Of two places, the
-nodes inside which both lie are a prefix of either branch: to go from one to the other, redo the rest.
+Standing at a place p means holding, for every node with p strictly inside, its two halves. Of two
+places, the nodes inside which both lie are a prefix of either branch: to go from one to the other,
+redo the rest.
 
     [s, t]  =  right halves along the branch of s  +  left halves along the branch of t     (inside [s, t])
 
-With p = 2^e (odd), the branch of p has depth - e nodes: a time with few significant bits is found high up.
+With p = 2^e (odd), the branch of p has depth - e nodes: a time with few significant bits is found
+high up.
 
 In code:    row l + 1 of `rows` -> both halves of the node at level l on the branch    row 0 -> the root, twice
             levels(p) -> number of nodes on the branch of p    shared(p, q) -> length of the common prefix
@@ -39,32 +42,40 @@ class Place(NamedTuple):
 
 
 class Branch(eqx.Module):
-    """What a walk remembers: where it stands and the nodes above. A cache: it changes the cost, not the result.
+    """What a walk remembers: where it stands and the nodes above. A cache: it changes the cost, not
+    the result.
 
     Args:
         place: Where the walk stands.
-        rows: Both halves, W (and H), of each node above; shape (depth + 2, 2, parts, size).
-        draws: Normal draws made so far (each fills one array of shape (parts, size)).
+        rows: W (and H) of the left, then of the right half of each node above; one row a level,
+            flat.
+        draws: Normal draws made so far (each fills one half of a row).
     """
 
     place: Place
-    rows: Float[Array, "levels 2 parts size"]
+    rows: Float[Array, "levels numbers"]
     draws: Int[Array, ""]
 
 
 class Tree(NamedTuple):
-    """The tree of one path: its (scalar) key and its depth, at most `MAX_DEPTH`."""
+    """The tree of one path.
+
+    Args:
+        key: Its random key (a scalar).
+        depth: Number of levels above the leaves, at most `MAX_DEPTH`.
+        parts: 1 for W alone, 2 for W and H.
+    """
 
     key: PRNGKeyArray
     depth: Int[Array, ""]
+    parts: int
 
-    def plant(self, rows: int, parts: int, size: int, dtype) -> Branch:
-        """A branch that stands at 0 and knows the root; W ~ N(0, 1), H ~ N(0, 1/12), shape (parts, size)."""
-        root = jax.random.normal(jax.random.fold_in(self.key, 0), (parts, size), dtype)
-        if parts == 2:
-            root = root.at[1].multiply(12**-0.5)
+    def plant(self, rows: int, size: int, dtype) -> Branch:
+        """A branch that stands at 0 and knows the root; W ~ N(0, 1) and H ~ N(0, 1/12), of shape (size,)."""
+        draws = jax.random.normal(jax.random.fold_in(self.key, 0), (self.parts * size,), dtype)
+        root = jnp.concatenate([draws[:size], draws[size:] * 12**-0.5])
         start = Place(jnp.int32(0), jnp.zeros((), dtype))
-        stack = jnp.zeros((rows, 2, parts, size), dtype).at[0].set(jnp.stack([root, root]))
+        stack = jnp.zeros((rows, 2 * root.size), dtype).at[0].set(jnp.concatenate([root, root]))
         return Branch(start, stack, jnp.int32(1))
 
     def increment(self, s: Place, t: Place, branch: Branch) -> tuple[bridge.Piece, Branch]:
@@ -75,9 +86,18 @@ class Tree(NamedTuple):
         near, far = _where(from_t, t, s), _where(from_t, s, t)
         branch, _ = self._walk(branch, near, far, from_t, zero)
         branch, near_part = self._collect(branch, far, from_t, zero)
+        near_part = _where(self._everything(s, t), self._root(branch.rows, zero), near_part)
         branch, far_part = self._walk(branch, far, near, ~from_t, zero)
         first, second = _where(from_t, far_part, near_part), _where(from_t, near_part, far_part)
         return bridge.join(first, second, zero), branch
+
+    def _everything(self, s: Place, t: Place) -> Bool[Array, ""]:
+        """Whether [s, t] is the root, which is half of no node and on no branch."""
+        return (s.leaf == 0) & (s.fraction == 0) & (t.leaf == jnp.int32(1) << self.depth)
+
+    def _root(self, rows, zero) -> bridge.Piece:
+        node = tuple(jnp.split(_side(rows[0], jnp.array(False)), self.parts))
+        return bridge.piece(node, jnp.ones((), rows.dtype), zero)
 
     def _levels(self, p: Place) -> Int[Array, ""]:
         """Number of nodes with p strictly inside."""
@@ -103,15 +123,18 @@ class Tree(NamedTuple):
 
         def turn(carry):
             level, rows, draws, part = carry
-            node, width, cut = self._node(rows, p, level)
+            width, cut = self._cut(p, level)
+            node = _side(rows[level], self._ancestor(p, level) & 1 == 1)
             number = (jnp.int32(1) << level) + self._ancestor(p, level)
-            noise = _materialized(
+            key = jax.random.fold_in(self.key, number)
+            noise, weights = _materialized(
                 level >= 0,
-                lambda: jax.random.normal(
-                    jax.random.fold_in(self.key, number), node.shape, node.dtype
+                lambda: (
+                    jax.random.normal(key, node.shape, node.dtype),
+                    bridge.coefficients(cut, width, self.parts),
                 ),
             )
-            halves = bridge.split(node, cut, width, noise, zero)
+            halves = _materialized(level >= 0, lambda: self._split(node, weights, noise, zero))
             here = (first <= level) & (level < last)
             # `new` from `halves`, not from the row: reading what is overwritten makes XLA copy all rows.
             new = self._half(halves, p, other, level, right_end, zero)
@@ -122,7 +145,7 @@ class Tree(NamedTuple):
         # A lane with nothing to do must not make the others start from its level.
         start = _lowest(jnp.where(first < last, first, MAX_DEPTH + 1))
         stop = _highest(last)
-        carry = (start, branch.rows, branch.draws, _nothing(branch.rows))
+        carry = (start, branch.rows, branch.draws, self._nothing(branch.rows))
         carry = jax.lax.while_loop(lambda carry: carry[0] < stop, turn, carry)
         _, rows, draws, part = carry
         return Branch(p, rows, draws), part
@@ -141,22 +164,31 @@ class Tree(NamedTuple):
         # The rows go through the loop unchanged, so that one buffer serves this loop and the next.
         start = _lowest(jnp.where(first < last, first, MAX_DEPTH + 1))
         stop = _highest(last)
-        carry = (start, branch.rows, _nothing(branch.rows))
+        carry = (start, branch.rows, self._nothing(branch.rows))
         _, rows, part = jax.lax.while_loop(lambda carry: carry[0] < stop, turn, carry)
         return Branch(p, rows, branch.draws), part
 
-    def _node(self, rows, p: Place, level):
-        """Value, length and cut of the node at `level` on the branch of p."""
-        side = self._ancestor(p, level) & 1
-        node = jnp.where(side == 1, rows[level, 1], rows[level, 0])
-        width = jnp.exp2(-level.astype(rows.dtype))
-        cut = jnp.where(level == self.depth, p.fraction, jnp.asarray(0.5, rows.dtype))
-        return node, width, cut
+    def _cut(self, p: Place, level):
+        """Length and cut of the node at `level` on the branch of p."""
+        width = jnp.exp2(-level.astype(p.fraction.dtype))
+        return width, jnp.where(level == self.depth, p.fraction, jnp.asarray(0.5, width.dtype))
+
+    def _split(self, node, weights, noise, zero):
+        """Both halves of a node, flat."""
+        parts = (tuple(jnp.split(x, self.parts)) for x in (node, noise))
+        node, noise = parts
+        left, right = bridge.split(node, weights, noise, zero)
+        return jnp.concatenate([*left, *right])
+
+    def _nothing(self, rows) -> bridge.Piece:
+        zeros = jnp.zeros(rows.shape[1] // (2 * self.parts), rows.dtype)
+        return bridge.Piece(jnp.zeros((), rows.dtype), (zeros,) * self.parts)
 
     def _half(self, halves, p: Place, other: Place, level, right_end, zero) -> bridge.Piece:
         """The half of the node at `level` that lies between p and `other`, or nothing.
 
-        p is the right end of the stretch if `right_end`, and then its left halves count, else its right ones.
+        p is the right end of the stretch if `right_end`, and then its left halves count, else its
+        right ones.
         """
         # Of the deepest node on the branch p is the cut itself, so that the half on either side will do.
         inner = self._ancestor(p, level + 1) & 1
@@ -166,29 +198,35 @@ class Tree(NamedTuple):
         start, end = node << scale, (node + 1) << scale
         other_ceiling = other.leaf + (other.fraction > 0).astype(jnp.int32)
         inside = jnp.where(right_end, start >= other_ceiling, end <= other.leaf)
-        _, width, cut = self._node(jnp.zeros((1, 2, 1, 1), halves.dtype), p, level)
+        width, cut = self._cut(p, level)
         width = width * jnp.where(right_end, cut, 1 - cut)
-        keep = touches & inside
-        half = jnp.where(right_end, halves[0], halves[1])
+        half = tuple(jnp.split(_side(halves, ~right_end), self.parts))
         new = bridge.piece(half, width, zero)
-        return _where(keep, new, bridge.Piece(jnp.zeros_like(width), jnp.zeros_like(half)))
+        return _where(touches & inside, new, jax.tree.map(jnp.zeros_like, new))
 
 
-def _materialized(always: Bool[Array, ""], draw):
-    """draw(), in memory: else XLA repeats the inverse error function for each of the numbers made from it.
+def _materialized(always: Bool[Array, ""], compute):
+    """compute(), in memory: else XLA repeats it for each number made from it (the inverse error
+    function!).
 
-    `always` is true, but XLA cannot know, and what comes out of a conditional is not fused with its users.
+    `always` is true, but XLA cannot know, and what a conditional returns is not fused with its
+    users.
     """
-    result = jax.eval_shape(draw)
-    return jax.lax.cond(always, draw, lambda: jnp.zeros(result.shape, result.dtype))
+
+    def zeros():
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+
+    return jax.lax.cond(always, compute, zeros)
 
 
 def _where(condition: Bool[Array, ""], x, y):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
-def _nothing(rows) -> bridge.Piece:
-    return bridge.Piece(jnp.zeros((), rows.dtype), jnp.zeros_like(rows[0, 0]))
+def _side(halves, right):
+    """One half of a row."""
+    left_half, right_half = jnp.split(halves, 2)
+    return jnp.where(right, right_half, left_half)
 
 
 def _extend(part: bridge.Piece, new: bridge.Piece, right_end, zero) -> bridge.Piece:

@@ -18,8 +18,10 @@ Join with the integral J = int_s^t W_{s,r} dr = h (W/2 + H), which needs no divi
 
 In code:    p -> fraction    h -> width    X1, X2 -> noise    (W,) or (W, H) -> one array (1 | 2, size)
 Bits:       a compiler may contract `a * b + c` into one rounding in one program and not in another, so
-            the same query would give two answers. `pinned` products are rounded before they are added.
-Reference:  Numerical approximations for stochastic differential equations, theorem 6.1.4 (2020, thesis)
+            the same query would give two answers. `pinned` products are rounded before they are
+            added.
+Reference:  Numerical approximations for stochastic differential equations, theorem 6.1.4 (2020,
+    thesis)
             Single-seed generation of Brownian paths and integrals (2024) | arXiv:2405.06464
 """
 
@@ -29,6 +31,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt
+
+
+Node = tuple[Float[Array, " size"], ...]
 
 
 def opaque_zero(key: PRNGKeyArray) -> UInt[Array, ""]:
@@ -44,66 +49,74 @@ def pinned(x: Float[Array, "*shape"], zero: UInt[Array, ""]) -> Float[Array, "*s
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-def split(
-    node: Float[Array, "parts size"],
-    fraction: Float[Array, ""],
-    width: Float[Array, ""],
-    noise: Float[Array, "parts size"],
-    zero: UInt[Array, ""],
-) -> Float[Array, "2 parts size"]:
-    """Cuts an interval of length `width` at `fraction` of it: the left part and the right part.
+def coefficients(fraction: Float[Array, ""], width: Float[Array, ""], parts: int) -> Array:
+    """What multiplies (W, X1), shape (1, 2), or (W, H, X1, X2), shape (3, 4), in the halves.
 
     Args:
-        node: W (one row), or W and H (two rows), of the whole interval.
-        fraction: p in (0, 1).
-        width: h, in units of time.
-        noise: As many rows of independent standard normals.
-        zero: See `opaque_zero`.
+        fraction: p in (0, 1): the cut, in units of the interval.
+        width: h, the length of the interval (time).
+        parts: 1 gives the row of W_l; 2 gives the rows of W_l, H_l and H_r.
     """
     p, q = fraction, 1 - fraction
-    if node.shape[0] == 1:
-        bridge = pinned(jnp.sqrt(p * q * width) * noise, zero)
-        left = pinned(p * node, zero) + bridge
-        return jnp.stack([left, node - left])
-    cubes = pinned(p * p * p, zero) + pinned(q * q * q, zero)
+    if parts == 1:
+        return jnp.stack([p, jnp.sqrt(p * q * width)])[None]
+    cubes = p * p * p + q * q * q
     scale = jnp.sqrt(p * q / cubes) * jnp.sqrt(width) / 2
-    g, c = jnp.sqrt(p * q * cubes * width), scale / math.sqrt(3)
-    (w, h), (x1, x2) = node, noise
-    w_left = pinned(p * w, zero) + pinned(6 * p * q * h, zero) + pinned(g * x1, zero)
-    h_left = pinned(p * p * h, zero) - pinned(scale * p * p * x1, zero) + pinned(c * q * x2, zero)
-    h_right = pinned(q * q * h, zero) - pinned(scale * q * q * x1, zero) - pinned(c * p * x2, zero)
-    return jnp.stack([jnp.stack([w_left, h_left]), jnp.stack([w - w_left, h_right])])
+    g, c, none = jnp.sqrt(p * q * cubes * width), scale / math.sqrt(3), jnp.zeros_like(p)
+    rows = (
+        (p, 6 * p * q, g, none),
+        (none, p * p, -scale * p * p, c * q),
+        (none, q * q, -scale * q * q, -c * p),
+    )
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def split(node: Node, weights: Array, noise: Node, zero: UInt[Array, ""]) -> tuple[Node, Node]:
+    """Cuts an interval in two: the left part and the right part.
+
+    Args:
+        node: (W,) or (W, H) of the whole interval, each of shape (size,).
+        weights: The `coefficients` of the cut.
+        noise: As many independent standard normals, of the same shapes.
+        zero: See `opaque_zero`.
+    """
+    columns = (*node, *noise)
+
+    def row(i: int, start: int, stop: int):
+        terms = [pinned(weights[i, j] * columns[j], zero) for j in range(start, stop)]
+        return sum(terms[1:], start=terms[0])
+
+    if len(node) == 1:
+        left = row(0, 0, 2)
+        return (left,), (node[0] - left,)
+    left = row(0, 0, 3)
+    return (left, row(1, 1, 4)), (node[0] - left, row(2, 1, 4))
 
 
 class Piece(NamedTuple):
-    """A stretch of path: its length h, and rows W (and J), shape (parts, size). Length 0 joins as nothing."""
+    """A stretch of path: its length h, and (W,) or (W, J), each of shape (size,). Length 0 joins as nothing."""
 
     width: Float[Array, ""]
-    value: Float[Array, "parts size"]
+    value: Node
 
 
-def piece(
-    node: Float[Array, "parts size"], width: Float[Array, ""], zero: UInt[Array, ""]
-) -> Piece:
+def piece(node: Node, width: Float[Array, ""], zero: UInt[Array, ""]) -> Piece:
     """The stretch whose increment (and Levy area) is `node`, ready to be joined."""
-    if node.shape[0] == 1:
+    if len(node) == 1:
         return Piece(width, node)
     w, h = node
-    return Piece(width, jnp.stack([w, pinned(width * (pinned(w / 2, zero) + h), zero)]))
+    return Piece(width, (w, pinned(width * (w / 2 + h), zero)))
 
 
 def join(first: Piece, second: Piece, zero: UInt[Array, ""]) -> Piece:
     """The stretch made of `first`, then `second`."""
-    value = first.value + second.value
-    if value.shape[0] == 2:
-        value = value.at[1].add(pinned(second.width * first.value[0], zero))
-    return Piece(first.width + second.width, value)
+    w, *integral = (a + b for a, b in zip(first.value, second.value, strict=True))
+    shift = pinned(second.width * first.value[0], zero)
+    return Piece(first.width + second.width, (w, *(x + shift for x in integral)))
 
 
-def area(whole: Piece, zero: UInt[Array, ""]) -> Float[Array, "parts size"]:
-    """W (and H) of a stretch; zeros for an empty one."""
-    if whole.value.shape[0] == 1:
-        return whole.value
-    w, integral = whole.value
+def area(whole: Piece, zero: UInt[Array, ""]) -> Node:
+    """(W,) or (W, H) of a stretch; zeros for an empty one."""
+    w, *integral = whole.value
     width = jnp.where(whole.width > 0, whole.width, 1)
-    return jnp.stack([w, pinned(integral / width, zero) - pinned(w / 2, zero)])
+    return (w, *(pinned(x / width, zero) - w / 2 for x in integral))

@@ -5,14 +5,16 @@ Cell n of a grid of spacing dt is drawn when asked for, and the same every time:
     W_n = sqrt(dt) normal(fold_in(key, n))          H_n = sqrt(dt/12) normal(fold_in(c_n, 2^32 - 2))
     A_n = Foster's area of (W_n, H_n)               c_n = fold_in(key, n)
 
-so W is what `normal(fold_in(key, n))` in a hand-written scan would give, and does not depend on what else is
-asked for. The last cell is shorter where dt does not divide the interval. A query over several cells joins
-them (`bridge`, `levy`); a reversed query negates W and A, and leaves H as it is.
+so W is what `normal(fold_in(key, n))` in a hand-written scan would give, and does not depend on
+what else is asked for. The last cell is shorter where dt does not divide the interval. A query over
+several cells joins them (`bridge`, `levy`); a reversed query negates W and A, and leaves H as it
+is.
 
 Cost:       one normal draw for one cell, no memory, in any order, forwards and backwards.
 Not for:    adaptive steps. A query that does not start and end on grid points is an error rather than a
-            bridge: the bridge of one query cannot know what another query in the same cell has revealed,
-            so either every query would pay for a tree, or the noise would be wrong. `BrownianInterval` pays.
+            bridge: the bridge of one query cannot know what another query in the same cell has
+            revealed, so either every query would pay for a tree, or the noise would be wrong.
+            `BrownianInterval` pays.
 """
 
 from typing import Any
@@ -41,8 +43,9 @@ from nde.solvers.brownian.increment import (
 )
 from nde.solvers.brownian.levy import foster_area, join_areas
 
-# How far from a grid point, in cells, a time may be and still mean that point. Times that a solver computes
-# from a step number miss by rounding alone; steps of another size miss by far more within a few steps.
+# How far from a grid point, in cells, a time may be and still mean that point. Times that a solver
+# computes from a step number miss by rounding alone; steps of another size miss by far more within
+# a few steps.
 _SLACK = 1e-3
 
 
@@ -54,14 +57,17 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
         t1: End of the grid (time), after `t0`.
         dt: Spacing (time), positive; the last cell is shorter if it does not divide `t1 - t0`.
         shape: Shape of the noise: a tuple of ints, or a pytree of `jax.ShapeDtypeStruct`.
-        key: One random key. For a batch of paths, make the path inside the function that is vmapped.
-        levy_area: What an increment holds: `diffrax.BrownianIncrement`, `diffrax.SpaceTimeLevyArea`, or
+        key: One random key. For a batch of paths, make the path inside the function that is
+            vmapped.
+        levy_area: What an increment holds: `diffrax.BrownianIncrement`,
+            `diffrax.SpaceTimeLevyArea`, or
             `SpaceSpaceLevyArea` (one vector of channels only). W is the same for all three.
 
     Raises:
-        ValueError: for an empty or reversed interval, a spacing that is not positive, a `shape`, `key` or
-            `levy_area` that cannot be used, or a query that leaves the grid or falls between grid points
-            (where these are known only at run time, `equinox.error_if` reports them).
+        ValueError: for an empty or reversed interval, a spacing that is not positive, a `shape`,
+            `key` or
+            `levy_area` that cannot be used, or a query that leaves the grid or falls between grid
+            points (where these are known only at run time, `equinox.error_if` reports them).
     """
 
     t0: Real[Any, ""]
@@ -107,7 +113,8 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
         left: bool = True,
         use_levy: bool = False,
     ) -> PyTree[Array] | diffrax.AbstractBrownianIncrement:
-        """W(t1) - W(t0), with the pytree of `shape`; with `t0` alone, W(t0) measured from the grid's start.
+        """W(t1) - W(t0), with the pytree of `shape`; with `t0` alone, W(t0) measured from the
+        grid's start.
 
         Args:
             t0: A grid point (time).
@@ -123,9 +130,11 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
     def cell(
         self, n: Int[Any, ""], use_levy: bool = False
     ) -> PyTree[Array] | diffrax.AbstractBrownianIncrement:
-        """The increment of cell n, from `t0 + n dt`, in the pytree of `shape`; NaN if there is no such cell.
+        """The increment of cell n, from `t0 + n dt`, in the pytree of `shape`; NaN if there is no
+        such cell.
 
-        For loops that know the number of the step: no time is looked up, so nothing can be off the grid.
+        For loops that know the number of the step: no time is looked up, so nothing can be off the
+        grid.
 
         Args:
             n: Number of the cell (a scalar), from 0.
@@ -187,15 +196,20 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
     def _cell(self, n, width) -> tuple[Array, ...]:
         """W, (W, H) or (W, H, A) of cell n as flat vectors."""
         dtype, size = vector_dtype(self.shape), vector_size(self.shape)
-        # Rounded before anyone adds it to anything, so that every program gets the same bits.
         zero = bridge.opaque_zero(self.key)
         width = width.astype(dtype)
+
+        def scaled(root, key):
+            # Two roundings, pinned, so that every program gets the same bits: a constant root would
+            # be multiplied into the constants of the draw, and the product into whatever adds it.
+            draw = bridge.pinned(jax.random.normal(key, (size,), dtype), zero)
+            return bridge.pinned(root * draw, zero)
+
         key = jax.random.fold_in(self.key, n)
-        w = bridge.pinned(jnp.sqrt(width) * jax.random.normal(key, (size,), dtype), zero)
+        w = scaled(jnp.sqrt(width), key)
         if self.levy_area is diffrax.BrownianIncrement:
             return (w,)
-        draw = jax.random.normal(salted(key, 1), (size,), dtype)
-        h = bridge.pinned(jnp.sqrt(width / 12) * draw, zero)
+        h = scaled(jnp.sqrt(width / 12), salted(key, 1))
         if self.levy_area is diffrax.SpaceTimeLevyArea:
             return w, h
         increment = diffrax.SpaceTimeLevyArea(dt=width, W=w, H=h)
@@ -243,7 +257,7 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
 def _joined(first, first_width, second, second_width, zero):
     """W, (W, H) or (W, H, A) of two neighbors in one piece."""
     pieces = (
-        bridge.piece(jnp.stack(parts[:2]), width, zero)
+        bridge.piece(parts[:2], width, zero)
         for parts, width in ((first, first_width), (second, second_width))
     )
     areas = (

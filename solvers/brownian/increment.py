@@ -1,8 +1,9 @@
 r"""What every Brownian path shares: shapes, keys, times, and the increments it hands to diffrax.
 
-Inside, one increment is a flat vector: every leaf of `shape` raveled, one after the other, so that one query
-costs one normal draw however many leaves there are. Outside it is diffrax's `BrownianIncrement` or
-`SpaceTimeLevyArea`, or our `SpaceSpaceLevyArea`, with the pytree of `shape` in every field.
+Inside, one increment is a flat vector: every leaf of `shape` raveled, one after the other, so that
+one query costs one normal draw however many leaves there are. Outside it is diffrax's
+`BrownianIncrement` or `SpaceTimeLevyArea`, or our `SpaceSpaceLevyArea`, with the pytree of `shape`
+in every field.
 """
 
 import math
@@ -19,7 +20,8 @@ Shape = tuple[int, ...] | PyTree[jax.ShapeDtypeStruct]
 
 
 class SpaceSpaceLevyArea(diffrax.AbstractSpaceTimeLevyArea):
-    """A Brownian increment with its space-time and space-space Levy areas, for one vector of n channels.
+    """A Brownian increment with its space-time and space-space Levy areas, for one vector of n
+    channels.
 
     Args:
         dt: Length of the interval, in units of time.
@@ -35,7 +37,8 @@ class SpaceSpaceLevyArea(diffrax.AbstractSpaceTimeLevyArea):
 
 
 def as_structs(shape: Shape, owner: str) -> PyTree[jax.ShapeDtypeStruct]:
-    """`shape` as a pytree of `jax.ShapeDtypeStruct`; a bare tuple of ints gets the default float type.
+    """`shape` as a pytree of `jax.ShapeDtypeStruct`; a bare tuple of ints gets the default float
+    type.
 
     Raises:
         ValueError: if a leaf is not a real floating-point `jax.ShapeDtypeStruct`.
@@ -143,6 +146,7 @@ def query_times(t0: Any, t1: Any) -> tuple[Inexact[Array, ""], Inexact[Array, ""
 def salted(key: PRNGKeyArray, salt: int) -> PRNGKeyArray:
     """An independent (scalar) key for another purpose of the same cell.
 
-    The integers are taken from the top because the counters of a normal draw with `key` itself start at 0.
+    The integers are taken from the top because the counters of a normal draw with `key` itself
+    start at 0.
     """
     return jax.random.fold_in(key, 0xFFFFFFFF - salt)

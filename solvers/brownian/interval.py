@@ -1,16 +1,18 @@
 r"""The Brownian interval: Brownian motion at any times, the same bits whatever was asked before.
 
-A virtual binary tree of bridges over [t0, t1] (`branch`), down to leaves of length at most tol. A query [s, t]
-joins the nodes between s and t; a time inside a leaf cuts that leaf at the time itself, so the law is exact at
-every queried time as long as no two of them are inside one leaf. No cumulative value W(t) - W(t0) is ever
-subtracted from another: in float32 that would cost H a relative error of eps (T/h)^(3/2).
+A virtual binary tree of bridges over [t0, t1] (`branch`), down to leaves of length at most tol. A
+query [s, t] joins the nodes between s and t; a time inside a leaf cuts that leaf at the time
+itself, so the law is exact at every queried time as long as no two of them are inside one leaf. No
+cumulative value W(t) - W(t0) is ever subtracted from another: in float32 that would cost H a
+relative error of eps (T/h)^(3/2).
 
     state = path.init()
     dW, state = path.advance(t, t + h, state)        # forwards: about log2(h / leaf) draws, 4 or 5 if rounded
     dW, state = path.advance(t, t + h, state)        # again, or backwards: the same bits
     dW == path.evaluate(t, t + h)                    # the state changes the cost, never the result
 
-Rounding the end of a step down to a few significant bits (`round_down`) makes it a node high up in the tree.
+Rounding the end of a step down to a few significant bits (`round_down`) makes it a node high up in
+the tree.
 
 Cost:       per query, one draw for each level between the last place and the new one; at most two branches
             (2 log2(T/tol)) without a state. Memory: one branch.
@@ -44,25 +46,31 @@ from nde.solvers.brownian.increment import (
     vector_size,
 )
 
-_DEFAULT_DEPTH = 20
+_DEFAULT_DEPTH = 24
 _ULPS_OUTSIDE = 4
 
 
 class BrownianInterval(diffrax.AbstractBrownianPath):
-    """Brownian motion on [t0, t1] that can be queried at any times, in any order, and remembers its last place.
+    """Brownian motion on [t0, t1] that can be queried at any times, in any order, and remembers its
+    last place.
 
     Args:
         t0: Start of the interval (time).
-        t1: End of the interval (time), after `t0`. Queries may miss the ends by 4 ulp, and are clamped.
+        t1: End of the interval (time), after `t0`. Queries may miss the ends by 4 ulp, and are
+            clamped.
         shape: Shape of the noise: a tuple of ints, or a pytree of `jax.ShapeDtypeStruct`.
-        key: One random key. For a batch of paths, make the path inside the function that is vmapped.
-        levy_area: `diffrax.BrownianIncrement` or `diffrax.SpaceTimeLevyArea`; the path depends on which.
-        tol: Longest leaf (time), at most the shortest step; by default 2^-20 of the interval.
+        key: One random key. For a batch of paths, make the path inside the function that is
+            vmapped.
+        levy_area: `diffrax.BrownianIncrement` or `diffrax.SpaceTimeLevyArea`; the path depends on
+            which.
+        tol: Longest leaf (time), at most the shortest step; by default 2^-24 of the interval.
 
     Raises:
-        ValueError: for an empty or reversed interval, a `tol` that is not positive or below 2^-30 of the
-            interval, a `shape`, `key` or `levy_area` that cannot be used, a query outside the interval or
-            within one leaf (where these are known only at run time: see `evaluate` and `advance`).
+        ValueError: for an empty or reversed interval, a `tol` that is not positive or below 2^-30
+            of the
+            interval, a `shape`, `key` or `levy_area` that cannot be used, a query outside the
+            interval or within one leaf (where these are known only at run time: see `evaluate` and
+            `advance`).
 
     Reference:
         Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
@@ -109,7 +117,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         left: bool = True,
         use_levy: bool = False,
     ) -> PyTree[Array] | diffrax.AbstractBrownianIncrement:
-        """W(t1) - W(t0), with the pytree of `shape`; with `t0` alone, W(t0) measured from the path's start.
+        """W(t1) - W(t0), with the pytree of `shape`; with `t0` alone, W(t0) measured from the
+        path's start.
 
         Args:
             t0: A time in the interval.
@@ -118,7 +127,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             use_levy: Return an increment of type `levy_area` in place of W alone.
 
         Raises:
-            ValueError: if the query leaves the interval or lies within one leaf; by `equinox.error_if`
+            ValueError: if the query leaves the interval or lies within one leaf; by
+                `equinox.error_if`
                 where the times are known only at run time.
         """
         del left
@@ -137,18 +147,18 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
     def init(self) -> Branch:
         """A state that remembers nothing yet: one branch, arrays of shape (levels, 2, 1 or 2, size)."""
-        parts = 1 if self.levy_area is diffrax.BrownianIncrement else 2
         depth = self._known_depth()
         rows = (MAX_DEPTH if depth is None else depth) + 2
-        return self._tree().plant(rows, parts, vector_size(self.shape), vector_dtype(self.shape))
+        return self._tree().plant(rows, vector_size(self.shape), vector_dtype(self.shape))
 
     def advance(
         self, t0: Real[Any, ""], t1: Real[Any, ""], state: Branch, use_levy: bool = False
     ) -> tuple[PyTree[Array] | diffrax.AbstractBrownianIncrement, Branch]:
         """What `evaluate(t0, t1)` returns, bit for bit, and the state for the next query.
 
-        Cheap if the next query starts or ends where this one did. Any earlier state may be used instead:
-        after a rejected step, either the old one (costs a copy) or the new one (costs a few draws).
+        Cheap if the next query starts or ends where this one did. Any earlier state may be used
+        instead: after a rejected step, either the old one (costs a copy) or the new one (costs a
+            few draws).
 
         Args:
             t0: A time in the interval.
@@ -157,8 +167,9 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             use_levy: Return an increment of type `levy_area` in place of W alone.
 
         Returns:
-            The increment, with the pytree of `shape`, and the new state. A bad query (see `evaluate`) whose
-            times are known only at run time gives NaN: a loop must be able to fail one lane and go on.
+            The increment, with the pytree of `shape`, and the new state. A bad query (see
+            `evaluate`) whose times are known only at run time gives NaN: a loop must be able to
+            fail one lane and go on.
         """
         a, b = query_times(t0, t1)
         self._refuse_known(a, b)
@@ -169,11 +180,13 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     def round_down(
         self, t0: Real[Any, ""], t1: Real[Any, ""], *, bits: int = 3
     ) -> Float[Array, ""]:
-        """The end t1 of a step from t0, moved towards t0 to a node that is found high up in the tree.
+        """The end t1 of a step from t0, moved towards t0 to a node that is found high up in the
+        tree.
 
-        The new end is a multiple of the largest 2^-k of the path's interval that is at most 2^-bits of the
-        step, so the step loses less than 2^-bits of its length. The path's own ends stay as they are, and so
-        does a step below one leaf. Call it on every proposed end of an adaptive step.
+        The new end is a multiple of the largest 2^-k of the path's interval that is at most 2^-bits
+        of the step, so the step loses less than 2^-bits of its length. The path's own ends stay as
+        they are, and so does a step below one leaf. Call it on every proposed end of an adaptive
+        step.
 
         Args:
             t0: Start of the step (time).
@@ -212,7 +225,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         if depth is None:
             t0, t1, tol = (jnp.asarray(x).astype(float) for x in (self.t0, self.t1, self.tol))
             depth = jnp.clip(jnp.ceil(jnp.log2((t1 - t0) / tol)), 0, MAX_DEPTH).astype(jnp.int32)
-        return Tree(self.key, jnp.asarray(depth, jnp.int32))
+        parts = 1 if self.levy_area is diffrax.BrownianIncrement else 2
+        return Tree(self.key, jnp.asarray(depth, jnp.int32), parts)
 
     def _place(self, t) -> Place:
         """Where t is; a time within rounding of a node is that node, so that nodes survive floating point."""
@@ -267,8 +281,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         whole, state = tree.increment(p, q, state)
         t0, t1 = (jnp.asarray(x).astype(a.dtype) for x in (self.t0, self.t1))
         # The tree has length 1: W and H scale with the root of the interval's length.
-        scale = jnp.sqrt(t1 - t0).astype(whole.value.dtype)
-        parts = bridge.pinned(scale * bridge.area(whole, zero), zero)
+        scale = jnp.sqrt(t1 - t0).astype(vector_dtype(self.shape))
+        parts = (bridge.pinned(scale * x, zero) for x in bridge.area(whole, zero))
         outside = self._outside(a) | self._outside(b)
         short = (a != b) & _same_leaf(p, q)
         return tuple(parts), jnp.sign(b - a), state, outside, short

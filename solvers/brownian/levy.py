@@ -2,13 +2,15 @@ r"""Space-space Levy area, drawn from the increment and its space-time area.
 
     A_ij = 1/2 int_s^t (W_i dW_j - W_j dW_i) = H_i W_j - W_i H_j + b_ij,      Var A_ij = h^2/4
 
-with W measured from the start of the interval, of length h. The bridge part b is antisymmetric, has mean zero
-given (W, H), and its law is known only through a series, so a normal with the right variance stands in:
+with W measured from the start of the interval, of length h. The bridge part b is antisymmetric, has
+mean zero given (W, H), and its law is known only through a series, so a normal with the right
+variance stands in:
 
     Foster   E[b_ij^2 | W, H] = h^2/20 + h/5 (H_i^2 + H_j^2)       exact conditional variance
     Davie    E[b_ij^2]        = h^2/12                             exact unconditional variance
 
-Kolmogorov distance of A to its law: Foster .003, Davie .015, no b at all .063. Joining two intervals, Chen:
+Kolmogorov distance of A to its law: Foster .003, Davie .015, no b at all .063. Joining two
+intervals, Chen:
 
     A = A_1 + A_2 + 1/2 (W_1 (x) W_2 - W_2 (x) W_1)
 
@@ -16,7 +18,8 @@ Cost:       n (n - 1)/2 normals for n channels.
 Not for:    pathwise use at two resolutions: b is drawn afresh for every interval. Draw it on one grid and join
             (`BrownianGrid(..., levy_area=SpaceSpaceLevyArea)` does).
 Reference:  Numerical approximations for stochastic differential equations, section 7 (2020, thesis)
-            Levy area of Brownian motion: Davie, Pathwise approximation of SDEs by coupling (2014) | arXiv:1001.3258
+            Levy area of Brownian motion: Davie, Pathwise approximation of SDEs by coupling (2014) |
+            arXiv:1001.3258
 """
 
 import diffrax
