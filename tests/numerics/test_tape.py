@@ -18,18 +18,25 @@ def strides(slots):
 
 @pytest.mark.parametrize("slots", [2, 4, 8, 16, 32, 64])
 def test_every_state_that_should_be_there_is_there(slots):
-    """Writes the states 0, 1, 2, ... into a dictionary, and looks after each one."""
-    stride = strides(slots)
-    slot = np.asarray(tapes.slot(jnp.arange(LONGEST, dtype=jnp.int32), slots))
-    held = {}
+    """Writes the states 0, 1, 2, ... into a list of rows, and looks after each one."""
+    stride, states = strides(slots), jnp.arange(LONGEST, dtype=jnp.int32)
+    row = np.asarray(tapes.Doubling(slots).row(states))
+    slot = np.asarray(tapes.slot(states, slots))
+    held = [-1] * (slots + 1)
     for k in range(LONGEST):
-        if k % stride[k + 1] == 0:
-            held[int(slot[k])] = k
+        held[row[k]] = k
         count = k + 1
         wanted = range(0, count, stride[count])
         assert [held[slot[j]] for j in wanted] == list(wanted)
         assert len(wanted) <= slots
-    assert set(held) == set(range(slots))
+    assert -1 not in held  # no row is wasted, the one for what is not kept included
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_every_kth_state_is_kept(steps):
+    keep = tapes.Every(5, steps)
+    rows = [int(keep.row(jnp.int32(k))) for k in range(5 * steps)]
+    assert rows == [k // steps if k % steps == 0 else 5 for k in range(5 * steps)]
 
 
 @pytest.mark.parametrize("slots", [2, 8, 64])
@@ -42,7 +49,7 @@ def test_stride_is_the_least_power_of_two_that_fits(slots):
 
 @hypothesis.given(st.integers(1, 300), st.integers(1, 100_000))
 def test_plan_has_room_for_every_solve(checkpoints, max_steps):
-    slots, longest = tapes.plan(checkpoints, max_steps)
+    (slots,), longest = tapes.plan(checkpoints, max_steps)
     assert slots.bit_count() == longest.bit_count() == 1
     assert slots >= max(2, min(checkpoints, max_steps))
     assert int(tapes.stride(jnp.int32(max_steps), slots)) <= longest
@@ -78,6 +85,7 @@ def test_put_keeps_the_dtype_of_the_rows():
 
 
 SLOTS, ATTEMPTS, LANES = 4, 30, 3
+KEEP = tapes.Doubling(SLOTS)
 OFFSETS = np.array([0.0, 100.0, 200.0])
 
 
@@ -85,12 +93,12 @@ OFFSETS = np.array([0.0, 100.0, 200.0])
 def recorded(accept):
     """Attempt i of a lane that has accepted k steps: state 100 lane + k, from k + 1/4 to k + 1."""
     t0 = jnp.full(LANES, 0.25)
-    tape = tapes.start(jnp.asarray(OFFSETS), t0, jnp.zeros(LANES, bool), SLOTS, ATTEMPTS)
+    tape = tapes.start(KEEP, jnp.asarray(OFFSETS), t0, jnp.zeros(LANES, bool), ATTEMPTS)
 
     def attempt(i, carry):
         tape, k = carry
         t = k.astype(jnp.float64)
-        tape = tapes.record(tape, k, accept[i], OFFSETS + t, t + 0.25, t + 1.0, k % 3 == 1)
+        tape = tapes.record(KEEP, tape, k, accept[i], OFFSETS + t, t + 0.25, t + 1.0, k % 3 == 1)
         return tape, k + accept[i].astype(jnp.int32)
 
     return jax.lax.fori_loop(0, ATTEMPTS, attempt, (tape, jnp.zeros(LANES, jnp.int32)))
@@ -119,12 +127,19 @@ def test_lanes_in_lockstep_share_their_rows():
     """One index for all: a lane that has ended writes steps of length zero behind its last."""
     ends = np.array([2, 5, 4])
     t0 = jnp.zeros(LANES)
-    tape = tapes.start(jnp.arange(3.0), t0, None, SLOTS, 8)
+    tape = tapes.start(KEEP, jnp.arange(3.0), t0, None, 8)
     t = np.zeros(LANES)
     for k in range(5):
         accept = k < ends
         tape = tapes.record(
-            tape, jnp.int32(k), accept, jnp.arange(3.0) + 10 * k, t, t + 1.0, jnp.zeros(3, bool)
+            KEEP,
+            tape,
+            jnp.int32(k),
+            accept,
+            jnp.arange(3.0) + 10 * k,
+            t,
+            t + 1.0,
+            jnp.zeros(3, bool),
         )
         t = t + accept
     for k in range(5):
