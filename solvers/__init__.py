@@ -10,5 +10,21 @@ if __name__ != "nde.solvers":
     )
 
 from nde.solvers.discrete_adjoint import DiscreteAdjoint
+from nde.solvers.ees import EES25, EES27
+from nde.solvers.leapfrog import AsynchronousLeapfrog
+from nde.solvers.mccallum_foster import Reversible
+from nde.solvers.reversible_adjoint import ReversibleAdjoint
+from nde.solvers.reversible_heun import ReversibleHeun
+from nde.solvers.symplectic import StormerVerlet, Yoshida4
 
-__all__ = ["DiscreteAdjoint"]
+__all__ = [
+    "AsynchronousLeapfrog",
+    "DiscreteAdjoint",
+    "EES25",
+    "EES27",
+    "Reversible",
+    "ReversibleAdjoint",
+    "ReversibleHeun",
+    "StormerVerlet",
+    "Yoshida4",
+]

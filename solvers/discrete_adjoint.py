@@ -14,17 +14,14 @@ Memory:     2 `checkpoints` states, or about 4 sqrt(max_steps) if that is more; 
 Reference:  On Neural Differential Equations, Kidger (2022), section 5.1 | arXiv:2202.02435
 """
 
-from typing import cast
-
 import diffrax
 import equinox as eqx
-import jax.numpy as jnp
 
-from nde.solvers import checks, replay
+from nde.solvers import loop, replay
 from nde.solvers import tape as tapes
-from nde.solvers.engine import AbstractSolve, Gradients, begin, finish
+from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving
-from nde.solvers.program import Start, Traced, trace
+from nde.solvers.program import Start, Traced
 from nde.solvers.stepper import stepper_for
 
 
@@ -57,30 +54,17 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
         if self.checkpoints < 1:
             raise ValueError(f"`checkpoints` is {self.checkpoints}; it must be >= 1.")
 
-    def loop(
-        self, *, args, terms, solver, stepsize_controller, event, saveat, t0, t1, dt0, max_steps,
-        throw, init_state, progress_meter, **kwargs,
-    ):  # fmt: skip
-        checks.check_max_steps(max_steps)
-        checks.check_tolerances(stepsize_controller, init_state.y)
-        checks.check_vector_field(terms, t0, init_state.y, args)
-        plain = type(progress_meter) is diffrax.NoProgressMeter
-        if event is not None or saveat.dense or not plain:
-            return diffrax.RecursiveCheckpointAdjoint().loop(
-                args=args, terms=terms, solver=solver, stepsize_controller=stepsize_controller,
-                event=event, saveat=saveat, t0=t0, t1=t1, dt0=dt0, max_steps=max_steps, throw=throw,
-                init_state=init_state, progress_meter=progress_meter, **kwargs,
-            )  # fmt: skip
-        checks.check_options("DiscreteAdjoint", max_steps, saveat, init_state.y)
-        stepper = stepper_for(solver, terms, args, t0, t1, init_state.y)
-        start = begin(stepper, saveat, t1, init_state)
-        start = checks.apply(start, checks.diagnose_start(start, dt0), throw)
-        fresh_jumps = init_state.made_jump is not False
-        traced = trace(stepper, stepsize_controller, saveat, init_state, start, fresh_jumps)
-        out = _StoredSolve(traced, start, max_steps, self.checkpoints).solve(start)
-        once, each = stepper.evaluations(start.tprev, start.tnext, start.y, start.state)
-        nfe = once + each * (out.accepted + out.rejected) + out.refreshed
-        return finish(stepper, saveat, args, t0, t1, init_state, traced, out), {"nfe": nfe}
+    def loop(self, **options):
+        loop.check(options)
+        if loop.lacking(options) is not None:
+            return diffrax.RecursiveCheckpointAdjoint().loop(**options)
+        problem = [options[name] for name in ("solver", "terms", "args", "t0", "t1")]
+        stepper = stepper_for(*problem, y0=options["init_state"].y)
+        make = lambda traced, start: _StoredSolve(
+            traced, start, options["max_steps"], self.checkpoints
+        )
+        final, stats, _ = loop.run("DiscreteAdjoint", options, stepper, make)
+        return final, stats
 
 
 class _StoredSolve(AbstractSolve):
@@ -94,13 +78,9 @@ class _StoredSolve(AbstractSolve):
         return self._states
 
     def keep(self, out: Moving) -> replay.Trail:
-        steps = jnp.where(out.result == 0, out.accepted, 0)
-        return replay.Trail(
-            cast(tapes.Tape, out.tape), steps[None], tuple(index[None] for index in out.ts_index)
-        )
+        return replay.kept_trail(out)
 
     def pull_back(self, consts, start, batch, kept, ct, wanted) -> Gradients:
-        steps, ts_index = kept.steps[0], tuple(index[0] for index in kept.ts_index)
-        trail = kept._replace(steps=steps, ts_index=ts_index)
+        trail = replay.opened(kept)
         out = replay.run(self.traced, consts, start.ts, batch, trail, ct, wanted, self._longest)
         return Gradients(out.y, out.state, out.consts)

@@ -57,6 +57,7 @@ class AbstractEES(
     term_structure = diffrax.AbstractTerm
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
     shared_ends = False
+    twins = False
 
     @property
     def evaluations_per_step(self):

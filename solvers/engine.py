@@ -46,6 +46,7 @@ class AbstractSolve(abc.ABC):
     """One traced solve, as a program for `lanes`."""
 
     adjoint: ClassVar[str]  # for error messages
+    examines: bool = False  # whether `examine` reads the tape
 
     def __init__(self, traced: Traced, start: Start, max_steps: int):
         self.traced, self.max_steps = traced, max_steps
@@ -126,8 +127,17 @@ class AbstractSolve(abc.ABC):
 
     def _run(self, operands: list[Array], batch: Batch, keep: bool) -> Moving:
         consts = operands[: len(self.traced.pool.consts)]
-        start, states = self._spread(operands, batch), self.states() if keep else None
-        return forward.run(self.traced, consts, start, batch, self.max_steps, states)
+        start = self._spread(operands, batch)
+        states = self.states() if keep or self.examines else None
+        out = forward.run(self.traced, consts, start, batch, self.max_steps, states)
+        return out._replace(extra=self.examine(consts, start, batch, out))
+
+    def examine(
+        self, consts: list[Array], start: Start, batch: Batch, out: Moving
+    ) -> PyTree[Array]:
+        """What there is to say about a solve, lane by lane."""
+        del consts, start, batch, out
+        return ()
 
     def _spread(self, operands: list[Array], batch: Batch) -> Start:
         n = len(self.traced.pool.consts)

@@ -35,6 +35,7 @@ class Moving(NamedTuple):
     saved_ts: tuple[Array, ...]
     saved_ys: tuple[PyTree[Array], ...]
     attempts: Array  # the same in all lanes
+    extra: PyTree[Array]  # what an adjoint finds out besides, lane by lane
     tape: Tape | None
 
 
@@ -46,7 +47,7 @@ def run(
     max_steps: int,
     keep: Doubling | Every | None,
 ) -> Moving:
-    """Solves in all lanes. `keep`: which states to write down for the backward pass; None: no tape."""
+    """Solves in all lanes. `keep`: which states to write down for the way back; None: no tape."""
     lanes, floor = batch.lanes, end_floor(start.t1)
     attempt = batch.per_lane(traced.attempt, range(len(consts)))
     refresh = batch.per_lane(traced.cache, range(len(consts)))
@@ -65,7 +66,7 @@ def run(
         )  # fmt: skip
         accept = live & step.keep
         index = c.attempts[0] if traced.uniform else c.accepted
-        if c.tape is not None:
+        if keep is not None and c.tape is not None:
             at = (index, accept, (c.y, c.state), c.tprev, c.tnext, c.made_jump)
             c = c._replace(tape=tapes.record(keep, c.tape, *at))
         c = _save(traced, consts, start, batch, c, step, accept)
@@ -83,6 +84,7 @@ def run(
         tuple(jnp.full((s.rows, lanes), jnp.inf, start.tprev.dtype) for s in traced.saves),
         tuple(_blank_rows(s, lanes) for s in traced.saves),
         zeros,
+        (),
         None
         if keep is None
         else tapes.start(keep, (start.y, start.state), start.tprev, jump, max_steps),

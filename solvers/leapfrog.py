@@ -50,6 +50,7 @@ class AsynchronousLeapfrog(AbstractCoupledSolver, diffrax.AbstractAdaptiveSolver
     term_structure = diffrax.AbstractTerm
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
     shared_ends = False
+    twins = False
 
     def __check_init__(self):
         if not 0.0 < self.eta <= 1.0 or self.eta == 0.5:

@@ -61,6 +61,7 @@ class Reversible(
 
     term_structure = diffrax.AbstractTerm
     shared_ends = False
+    twins = True
 
     def __check_init__(self):
         if not issubclass(type(self.base), diffrax.AbstractERK):

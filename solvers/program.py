@@ -29,7 +29,7 @@ class Start(NamedTuple):
     t1: Array
     controller_state: PyTree[Array]
     result: Array
-    ts: tuple[Array | None, ...]  # one per `SubSaveAt` that is filled in the loop
+    ts: tuple[Array, ...]  # one per `SubSaveAt` that is filled in the loop
 
 
 class Step(NamedTuple):
@@ -62,6 +62,11 @@ class Save:
     at_time: Hoisted | None  # (t0, t1, dense_info, t) -> output
     at_step: Hoisted | None  # (t, y) -> output
     out: PyTree[jax.ShapeDtypeStruct]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether outputs can be pulled back without knowing the state: y itself, at steps."""
+        return self.at_time is None and (self.at_step is None or not self.at_step.jaxpr.eqns)
 
     def row(self, index: Array, accepted: Array) -> Array:
         return self.offset + index + (accepted // self.every if self.every else 0)

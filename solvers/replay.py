@@ -13,7 +13,7 @@ its own with cotangent zero. A lane that failed has no step that is safe to eval
 data of another lane, and contributes exactly nothing.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from nde.solvers import tape as tapes
 from nde.solvers.engine import Cotangents
-from nde.solvers.forward import choose
+from nde.solvers.forward import Moving, choose
 from nde.solvers.hoist import Hoisted
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Save, Traced
@@ -35,6 +35,17 @@ class Trail(NamedTuple):
     tape: Tape
     steps: Int[Array, " lanes"]  # accepted steps; 0 where the solve failed
     ts_index: tuple[Int[Array, " lanes"], ...]  # how many save times were reached, per `SubSaveAt`
+
+
+def kept_trail(out: Moving) -> Trail:
+    """The trail of a forward loop, with a row axis as kept arrays have it."""
+    steps = jnp.where(out.result == 0, out.accepted, 0)
+    return Trail(cast(Tape, out.tape), steps[None], tuple(i[None] for i in out.ts_index))
+
+
+def opened(trail: Trail) -> Trail:
+    """The inverse."""
+    return trail._replace(steps=trail.steps[0], ts_index=tuple(i[0] for i in trail.ts_index))
 
 
 class Running(NamedTuple):
@@ -122,7 +133,7 @@ class Pull:
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
         """Cotangents, without those of lanes that failed."""
-        return _masked(self.healthy, ct)
+        return masked(self.healthy, ct)
 
     def borrowed(self, tree: PyTree[Array]) -> PyTree[Array]:
         """With the data of the donor in lanes that failed."""
@@ -161,15 +172,22 @@ class Pull:
         )
 
     def _pulled(self, fn, x, aux, ct_out, active, ct: Running) -> Running:
-        ct_consts, (ct_y, ct_state) = self._transpose(fn, self.traced.advance.uses, x, aux, ct_out)
+        uses = self.traced.advance.uses
+        _, ct_consts, (ct_y, ct_state) = self.transpose(fn, uses, x, aux, ct_out)
         y, state = choose(active, (ct_y, ct_state), (ct.y, ct.state))
-        return ct._replace(y=y, state=state, consts=_added(ct.consts, ct_consts))
+        return ct._replace(y=y, state=state, consts=added(ct.consts, ct_consts))
 
-    def _transpose(self, fn, uses, x, aux, ct_out):
-        wrt = [i in self.wanted and i in uses for i in range(len(self.consts))]
+    def transpose(self, fn, uses, x, aux, ct_out):
+        """The value, and the cotangents of the wanted constants (by number) and of `x`."""
+        numbers = [i for i in range(len(self.consts)) if i in self.wanted and i in uses]
+        wrt = [i in numbers for i in range(len(self.consts))]
         pull = self.batch.pull(fn, range(len(self.consts)), wrt)
-        _, ct_consts, ct_x = pull(self.consts, x, aux, ct_out)
-        return dict(zip([i for i, w in enumerate(wrt) if w], ct_consts, strict=True)), ct_x
+        value, ct_consts, ct_x = pull(self.consts, x, aux, ct_out)
+        return value, dict(zip(numbers, ct_consts, strict=True)), ct_x
+
+    def filled(self, ct_consts: dict[int, Array]) -> dict[int, Array]:
+        """With zeros for the wanted constants that are missing."""
+        return {i: ct_consts.get(i, jnp.zeros_like(x)) for i, x in self.wanted.items()}
 
     def _outputs(self, k, active, y, inner, t0, t1, jump, ct: Running):
         """Adds the cotangents of what was saved in step k, and returns those of its dense output."""
@@ -182,21 +200,21 @@ class Pull:
             if self.saved[j] is None:
                 continue
             if save.at_step is not None:
-                ct = self._at_step(j, save, save.at_step, k, active, t1, y1, ct)
+                ct = self.at_step(j, save, save.at_step, k, active, t1, y1, ct)
             if save.at_time is not None and save.times:
                 ct, ct_dense = self._at_times(
                     j, save, save.at_time, k, active, before, t0, t1, dense, ct, ct_dense
                 )
         return ct, ct_dense
 
-    def _at_step(self, j, save: Save, fn: Hoisted, k, active, t1, y1, ct: Running) -> Running:
+    def at_step(self, j, save: Save, fn: Hoisted, k, active, t1, y1, ct: Running) -> Running:
         due = active & ((k + 1) % save.every == 0)
         row = jnp.where(due, save.row(ct.ts_index[j], k + 1) - 1, 0)
-        ct_out = _masked(due, tapes.get(self.saved[j], row))
+        ct_out = masked(due, tapes.get(self.saved[j], row))
         at_step = lambda consts, y, t: _inexact(fn(consts, t, y))
-        ct_consts, ct_y = self._transpose(at_step, fn.uses, y1, t1, ct_out)
+        _, ct_consts, ct_y = self.transpose(at_step, fn.uses, y1, t1, ct_out)
         return ct._replace(
-            y=jax.tree.map(jnp.add, ct.y, _masked(due, ct_y)), consts=_added(ct.consts, ct_consts)
+            y=jax.tree.map(jnp.add, ct.y, masked(due, ct_y)), consts=added(ct.consts, ct_consts)
         )
 
     def _at_times(
@@ -217,11 +235,11 @@ class Pull:
             index, ct_dense, ct_all = carry
             t, due = last_time(index)
             row = jnp.where(due, save.row(index - 1, jnp.broadcast_to(k, due.shape)), 0)
-            ct_out = _masked(due, tapes.get(self.saved[j], row))
+            ct_out = masked(due, tapes.get(self.saved[j], row))
             aux = (t0, t1, jnp.where(due, t, t1))
-            ct_consts, ct_here = self._transpose(at_time, fn.uses, dense, aux, ct_out)
-            ct_dense = jax.tree.map(jnp.add, ct_dense, _masked(due, ct_here))
-            return index - due.astype(jnp.int32), ct_dense, _added(ct_all, ct_consts)
+            _, ct_consts, ct_here = self.transpose(at_time, fn.uses, dense, aux, ct_out)
+            ct_dense = jax.tree.map(jnp.add, ct_dense, masked(due, ct_here))
+            return index - due.astype(jnp.int32), ct_dense, added(ct_all, ct_consts)
 
         index, ct_dense, ct_consts = jax.lax.while_loop(
             cond, body, (ct.ts_index[j], ct_dense, ct.consts)
@@ -234,11 +252,11 @@ def _inexact(tree: PyTree) -> PyTree:
     return eqx.filter(tree, eqx.is_inexact_array)
 
 
-def _added(total: dict[int, Array], part: dict[int, Array]) -> dict[int, Array]:
+def added(total: dict[int, Array], part: dict[int, Array]) -> dict[int, Array]:
     return {i: total[i] + part[i] if i in part else total[i] for i in total}
 
 
-def _masked(where: Bool[Array, " lanes"], ct: PyTree[Array]) -> PyTree[Array]:
+def masked(where: Bool[Array, " lanes"], ct: PyTree[Array]) -> PyTree[Array]:
     return choose(where, ct, jax.tree.map(jnp.zeros_like, ct))
 
 

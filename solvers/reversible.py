@@ -53,6 +53,7 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
     """
 
     shared_ends: AbstractClassVar[bool]
+    twins: AbstractClassVar[bool]  # whether the second member is another approximation of y
 
     @property
     @abc.abstractmethod

@@ -38,6 +38,7 @@ class ReversibleHeun(
     term_structure = diffrax.AbstractTerm
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
     shared_ends = True
+    twins = True
 
     def order(self, terms):
         return 2

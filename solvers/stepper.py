@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers import explicit_rk
+from nde.solvers.coupling import Step
+from nde.solvers.reversible import AbstractReversibleSolver, State
 
 
 class Attempt(NamedTuple):
@@ -110,6 +112,43 @@ class UnrolledStepper(AbstractStepper):
     def evaluations(self, t0, t1, y0, state):
         stages = self.tableau.num_stages
         return (1, stages - 1) if self.carries_last_stage else (0, stages)
+
+
+class ReversibleStepper(AbstractStepper):
+    """A reversible solver: the other members are its state, a shared field value its cache."""
+
+    solver: AbstractReversibleSolver
+    terms: PyTree[diffrax.AbstractTerm]
+    args: Any
+
+    def state(self, passed):
+        return jax.tree.map(jnp.asarray, passed.others)
+
+    def cache(self, t, y, state):
+        return self.solver.refresh(self.terms, t, y, State(state, None), self.args).carried
+
+    def _step(self, t0, t1, y0, state, cache, made_jump):
+        step = Step.over(self.terms, t0, t1, self.args, made_jump)
+        members0 = self.solver.members(y0, state)
+        members1, records = self.solver.advance(step, members0, cache)
+        info = self.solver.dense_info(step, members0, members1, records)
+        return *self.solver.split(members1), records, info
+
+    def attempt(self, t0, t1, y0, state, cache, made_jump):
+        y1, others, records, info = self._step(t0, t1, y0, state, cache, made_jump)
+        cache = records[-1].field if self.solver.shared_ends else None
+        error = self.solver.error(records)
+        return Attempt(y1, error, info, others, cache, diffrax.RESULTS.successful)
+
+    def advance(self, t0, t1, y0, state, made_jump, dense):
+        y1, others, _, info = self._step(t0, t1, y0, state, None, made_jump)
+        return y1, others, info if dense else None
+
+    def final_state(self, t, y, state):
+        return self.solver.refresh(self.terms, t, y, State(state, None), self.args)
+
+    def evaluations(self, t0, t1, y0, state):
+        return int(self.solver.shared_ends), self.solver.evaluations_per_step
 
 
 class SolverStepper(AbstractStepper):

@@ -42,6 +42,7 @@ class AbstractSymplecticSolver(AbstractCoupledSolver):
     term_structure = (diffrax.AbstractTerm, diffrax.AbstractTerm)
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
     shared_ends = True
+    twins = False
 
     @property
     def evaluations_per_step(self):

@@ -1,0 +1,60 @@
+"""What every adjoint's `loop` does around its own forward and backward passes.
+
+diffrax calls `adjoint.loop(...)` once, with everything prepared; see `diffrax.AbstractAdjoint`. Here the
+input is checked, the solve traced and run, and the result put into diffrax's final state.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+from jaxtyping import Array
+
+from nde.solvers import checks
+from nde.solvers.engine import AbstractSolve, begin, finish
+from nde.solvers.forward import Moving
+from nde.solvers.program import Start, Traced, trace
+from nde.solvers.stepper import AbstractStepper
+
+Options = dict[str, Any]  # the keyword arguments of `loop`
+
+
+def check(options: Options) -> None:
+    """Refuses what no adjoint could solve."""
+    checks.check_max_steps(options["max_steps"])
+    checks.check_tolerances(options["stepsize_controller"], options["init_state"].y)
+    y0 = options["init_state"].y
+    checks.check_vector_field(options["terms"], options["t0"], y0, options["args"])
+
+
+def lacking(options: Options) -> str | None:
+    """An option that the lane-aware loop does not have, if it was asked for."""
+    if options["event"] is not None:
+        return "`event`"
+    if options["saveat"].dense:
+        return "`SaveAt(dense=True)`"
+    if type(options["progress_meter"]) is not diffrax.NoProgressMeter:
+        return "`progress_meter`"
+    return None
+
+
+def run(
+    name: str,
+    options: Options,
+    stepper: AbstractStepper,
+    make: Callable[[Traced, Start], AbstractSolve],
+) -> tuple[Any, dict[str, Array], Moving]:
+    """Solves; returns diffrax's final state, the statistics, and the last state of the loop."""
+    saveat, init_state, dt0 = options["saveat"], options["init_state"], options["dt0"]
+    t0, t1, args = options["t0"], options["t1"], options["args"]
+    checks.check_options(name, options["max_steps"], saveat, init_state.y)
+    start = begin(stepper, saveat, t1, init_state)
+    start = checks.apply(start, checks.diagnose_start(start, dt0), options["throw"])
+    fresh_jumps = init_state.made_jump is not False
+    controller = options["stepsize_controller"]
+    traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps)
+    out = make(traced, start).solve(start)
+    once, each = stepper.evaluations(start.tprev, start.tnext, start.y, start.state)
+    nfe = once + each * (out.accepted + out.rejected) + out.refreshed
+    final = finish(stepper, saveat, args, t0, t1, init_state, traced, out)
+    return final, {"nfe": nfe}, out

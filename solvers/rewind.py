@@ -1,0 +1,285 @@
+r"""The backward loop of a reversible solver: un-step, and pull back with the same evaluation.
+
+The solver's `rewind` asks for values and transposes of functions it writes for one trajectory. What it
+asks for is the same at every step, so it is asked once while the solve is traced (`rehearse`), each
+answer becoming a closed function of one lane; at every step of the loop the answers are given in the
+same order, over all lanes, with parameter cotangents summed (`_Answers`).
+
+With a state stored every K accepted steps the loop goes chunk by chunk:
+
+    for chunk = last .. 0:
+        rewind K steps from the chunk's end, pulling back                      (`rewind`)
+        compare the state that comes out with the stored one                   (mismatch)
+        if some lane has missed it: replay the chunk from the stored state     (`replay.chunk`)
+        go on from the stored state
+
+so a gradient is either that of a reversal which is known to have held, or that of the stored steps.
+Where an output inside a step must be known to be pulled back (a nonlinear `SaveAt(fn=...)`), a step is
+undone first and then pulled back as a stored one would be.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from nde.solvers import replay
+from nde.solvers import tape as tapes
+from nde.solvers.coupling import Rewind, Step
+from nde.solvers.forward import choose
+from nde.solvers.hoist import Hoisted, Pool
+from nde.solvers.lanes import Batch
+from nde.solvers.program import Start, Traced
+from nde.solvers.replay import Pull, Running, Trail, added, masked
+from nde.solvers.reversible import AbstractReversibleSolver
+
+
+class Rehearsed(NamedTuple):
+    """A reversible solver's steps, traced."""
+
+    solver: AbstractReversibleSolver  # its structure; the arrays are in the pool
+    control: Hoisted  # (t0, t1) -> control
+    retreat: Hoisted  # (members, t0, t1, made_jump) -> members
+    rewind: tuple[Hoisted, ...]  # what `solver.rewind` asks for, in order
+    finish: tuple[Hoisted, ...]  # what `solver.finish_rewind` asks for
+
+
+class When(NamedTuple):
+    """The times of a step, whether the field jumped at its start, and the control over it."""
+
+    t0: Array
+    t1: Array
+    made_jump: Array
+    control: PyTree[Array]
+
+
+def rehearse(
+    pool: Pool, solver: AbstractReversibleSolver, terms: Any, args: Any, start: Start, jumps: bool
+) -> Rehearsed:
+    """Traces what the backward loop needs, at the shapes of `start`."""
+
+    def step_of(when: When) -> Step:
+        jump = when.made_jump if jumps else False
+        return Step(terms, when.t0, when.t1, args, when.control, jump)
+
+    def control(t0, t1):
+        return Step.over(terms, t0, t1, args).control
+
+    def retreat(members, t0, t1, made_jump):
+        return solver.retreat(step_of(When(t0, t1, made_jump, control(t0, t1))), members)[0]
+
+    times = (start.tprev, start.tnext)
+    when = When(*times, start.made_jump, jax.eval_shape(control, *times))
+    members = solver.members(start.y, start.state)
+    asked = []
+    for ask in (solver.rewind, solver.finish_rewind):
+        questions = _Questions(pool, step_of, when)
+        jax.eval_shape(lambda m, ask=ask, q=questions: ask(q, solver.start_rewind(m, m)), members)
+        asked.append(tuple(questions.asked))
+    hoisted_retreat = pool.hoist(retreat, members, *times, start.made_jump)
+    return Rehearsed(solver, pool.hoist(control, *times), hoisted_retreat, *asked)
+
+
+class _Questions:
+    """A `coupling.Pull` that writes down what it is asked for, and answers with zeros."""
+
+    def __init__(self, pool: Pool, step_of, when: When):
+        self.pool, self.step_of, self.when, self.asked = pool, step_of, when, []
+
+    def value(self, fn, x):
+        asked = lambda step, following, x: fn(self.step_of(step), self.step_of(following), x)
+        self.asked.append(self.pool.hoist(asked, self.when, self.when, jax.eval_shape(lambda: x)))
+        out = jax.eval_shape(asked, self.when, self.when, x)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
+
+    def pull(self, fn, x, ct):
+        return self.value(fn, x), {}, jax.tree.map(jnp.zeros_like, x)
+
+
+class _Answers:
+    """A `coupling.Pull` over all lanes, for one step."""
+
+    def __init__(self, asked, pull: Pull, control: Hoisted, step: When, following: When):
+        self.asked, self.engine, self.control = iter(asked), pull, control
+        self.step, self.following = step, following
+
+    def value(self, fn, x):
+        del fn
+        hoisted, consts = next(self.asked), self.engine.consts
+        return self.engine.batch.per_lane(hoisted, range(len(consts)))(
+            consts, self.step, self.following, x
+        )
+
+    def pull(self, fn, x, ct):
+        del fn
+        hoisted, engine = next(self.asked), self.engine
+        moving = any(i in engine.wanted for i in self.control.uses)  # the control has a gradient
+        controls = (self.step.control, self.following.control)
+
+        def asked(consts, x, aux):
+            (x, controls), (step, following) = x if moving else (x, aux[2]), aux[:2]
+            step = step._replace(control=controls[0])
+            return hoisted(consts, step, following._replace(control=controls[1]), x)
+
+        still = (self.step._replace(control=None), self.following._replace(control=None))
+        if not moving:
+            value, ct_consts, ct_x = engine.transpose(
+                asked, hoisted.uses, x, (*still, controls), ct
+            )
+            return value, engine.filled(ct_consts), ct_x
+        value, ct_consts, (ct_x, ct_controls) = engine.transpose(
+            asked, hoisted.uses, (x, controls), still, ct
+        )
+        total = engine.filled(ct_consts)
+        for when, ct_control in zip((self.step, self.following), ct_controls, strict=True):
+            over = lambda consts, x, aux: self.control(consts, *aux)
+            _, ct_consts, _ = engine.transpose(
+                over, self.control.uses, (), (when.t0, when.t1), ct_control
+            )
+            total = added(total, ct_consts)
+        return value, total, ct_x
+
+
+class Going(NamedTuple):
+    """What travels backwards inside a chunk."""
+
+    back: Rewind
+    following: When
+    consts: dict[int, Array]
+    ts_index: tuple[Array, ...]
+
+
+def run(
+    traced: Traced,
+    rehearsed: Rehearsed,
+    consts: list[Array],
+    ts: tuple[Array, ...],
+    batch: Batch,
+    trail: Trail,
+    end: tuple[PyTree[Array], PyTree[Array]],
+    cotangents: Any,
+    wanted: dict[int, Array],
+    every: int | None,
+) -> Running:
+    """Pulls cotangents back to the start. `end`: the last state. `every`: steps between stored ones."""
+    pull = Pull(traced, consts, ts, batch, trail, cotangents.saved_ys, wanted)
+    backward = _Backward(pull, rehearsed)
+    most = jnp.max(trail.steps)
+    ct = Running(pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index)
+    if every is None:
+        return jax.lax.cond(
+            most > 0, lambda: backward.chunk(jnp.zeros_like(most), most, end, ct)[1], lambda: ct
+        )
+
+    def pull_chunk(i: Array, carry):
+        end, ct, kept = carry
+        k0 = every * ((most - 1) // every - i)
+        length, here = jnp.minimum(every, most - k0), trail.steps > k0
+        stored = choose(here, tapes.get(trail.tape.states, k0 // every), end)
+        found, rewound = backward.chunk(k0, length, end, ct)
+        missed = here & (mismatch(found, stored) > _tolerance(stored))
+        redo = lambda kept: replay.chunk(pull, k0, length, stored, ct, kept)
+        ct, kept = jax.lax.cond(jnp.any(missed), redo, lambda kept: (rewound, kept), kept)
+        return stored, ct, kept
+
+    chunks = jnp.where(most > 0, (most - 1) // every + 1, 0)
+    kept = tapes.blank(end, every)
+    return jax.lax.fori_loop(0, chunks, pull_chunk, (end, ct, kept))[1]
+
+
+def mismatch(found: PyTree[Array], stored: PyTree[Array]) -> Array:
+    """The drift of a reconstruction in each lane: the largest rms over the members, relative to
+    1 + |x|; infinite where it is not a number."""
+
+    def rms(a: Array, b: Array) -> Array:
+        error = (a - b) / (1 + jnp.abs(b))
+        return jnp.sqrt(jnp.mean(error**2, axis=tuple(range(1, b.ndim))))
+
+    each = jax.tree.leaves(jax.tree.map(rms, found, stored))
+    worst = each[0]
+    for drift in each[1:]:
+        worst = jnp.maximum(worst, drift)
+    return jnp.where(jnp.isnan(worst), jnp.inf, worst)
+
+
+def _tolerance(tree: PyTree[Array]) -> float:
+    """A reversal that holds is rounding and little more: 256 units of it."""
+    return 256 * max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
+
+
+class _Backward:
+    """One chunk of the backward pass."""
+
+    def __init__(self, pull: Pull, rehearsed: Rehearsed):
+        self.pull, self.rehearsed, self.solver = pull, rehearsed, rehearsed.solver
+        n = range(len(pull.consts))
+        self.control = pull.batch.per_lane(rehearsed.control, n)
+        self.retreat = pull.batch.per_lane(rehearsed.retreat, n)
+        self.fused = all(save.is_linear for save in pull.traced.saves)
+
+    def when(self, k: Array) -> When:
+        t0, t1, jump = self.pull.times(k)
+        return When(t0, t1, jump, self.control(self.pull.consts, t0, t1))
+
+    def chunk(self, k0: Array, length: Array, end, ct: Running):
+        """The state at step k0 as the reversal finds it, and the cotangents there."""
+        end = self.pull.borrowed(end)
+        return (self._fused if self.fused else self._undone)(k0, length, end, ct)
+
+    def _undone(self, k0, length, end, ct: Running):
+        """Undoes a step, then pulls back through it as if it had been stored."""
+
+        def step(j, carry):
+            (y, others), ct = carry
+            k = k0 + length - 1 - j
+            t0, t1, jump = self.pull.times(k)
+            members = self.retreat(self.pull.consts, self.solver.members(y, others), t0, t1, jump)
+            before = choose(k < self.pull.steps, self.solver.split(members), (y, others))
+            return before, self.pull.step(k, before, ct)
+
+        return jax.lax.fori_loop(0, length, step, (end, ct))
+
+    def _fused(self, k0, length, end, ct: Running):
+        solver, pull = self.solver, self.pull
+        members, cts = solver.members(*end), solver.members(ct.y, ct.state)
+        back = solver.start_rewind(members, cts, pull.steps.shape)
+        following = self.when(k0 + length - 1)
+
+        def step(j, going: Going) -> Going:
+            k = k0 + length - 1 - j
+            active, when = k < pull.steps, self.when(k)
+            going = self._with_steps(k, active, when, going)
+            hidden = going.back._replace(
+                cts=masked(active, going.back.cts), ct_first=masked(active, going.back.ct_first)
+            )
+            answers = self._answers(self.rehearsed.rewind, when, going.following)
+            back, ct_consts = solver.rewind(answers, hidden)
+            return Going(
+                choose(active, back, going.back),
+                choose(active, when, going.following),
+                added(going.consts, ct_consts or {}),
+                going.ts_index,
+            )
+
+        going = Going(back, following, ct.consts, ct.ts_index)
+        going = jax.lax.fori_loop(0, length, step, going)
+        answers = self._answers(self.rehearsed.finish, going.following, going.following)
+        members, cts, ct_consts = solver.finish_rewind(answers, going.back)
+        y, state = solver.split(cts)
+        consts = added(going.consts, ct_consts or {})
+        return solver.split(members), Running(y, state, consts, going.ts_index)
+
+    def _answers(self, asked, step: When, following: When) -> _Answers:
+        return _Answers(asked, self.pull, self.rehearsed.control, step, following)
+
+    def _with_steps(self, k, active, when: When, going: Going) -> Going:
+        """Adds the cotangents of outputs saved at the end of step k."""
+        y, others = self.solver.split(going.back.cts)
+        running = Running(y, others, going.consts, going.ts_index)
+        for j, save in enumerate(self.pull.traced.saves):
+            if self.pull.saved[j] is not None and save.at_step is not None:
+                at = (k, active, when.t1, self.solver.split(going.back.members)[0])
+                running = self.pull.at_step(j, save, save.at_step, *at, running)
+        back = going.back._replace(cts=self.solver.members(running.y, running.state))
+        return going._replace(back=back, consts=running.consts)
