@@ -33,13 +33,13 @@ class Trail(NamedTuple):
     """What the forward loop left behind."""
 
     tape: Tape
-    steps: Int[Array, " lanes"]  # accepted steps; 0 where the solve failed
+    steps: Int[Array, " lanes"]  # accepted steps; -1 where the solve failed
     ts_index: tuple[Int[Array, " lanes"], ...]  # how many save times were reached, per `SubSaveAt`
 
 
 def kept_trail(out: Moving) -> Trail:
     """The trail of a forward loop, with a row axis as kept arrays have it."""
-    steps = jnp.where(out.result == 0, out.accepted, 0)
+    steps = jnp.where(out.result == 0, out.accepted, -1)
     return Trail(cast(Tape, out.tape), steps[None], tuple(i[None] for i in out.ts_index))
 
 
@@ -133,10 +133,10 @@ class Pull:
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
         """Cotangents, without those of lanes that failed."""
-        return masked(self.healthy, ct)
+        return masked(self.steps >= 0, ct)
 
     def borrowed(self, tree: PyTree[Array]) -> PyTree[Array]:
-        """With the data of the donor in lanes that failed."""
+        """With the data of the donor in lanes that have no step to pull back."""
         theirs = lambda x: jax.lax.dynamic_index_in_dim(x, self.donor, 0)
         return choose(self.healthy, tree, jax.tree.map(theirs, tree))
 
@@ -261,12 +261,12 @@ def masked(where: Bool[Array, " lanes"], ct: PyTree[Array]) -> PyTree[Array]:
 
 
 def _borrow(consts: list[Array], batch: Batch, healthy: Array, donor: Array) -> list[Array]:
-    """Replaces constants that only failed lanes use by the donor's."""
+    """Replaces constants that only lanes without a step use by the donor's."""
     healthy = healthy.reshape(batch.sizes)
     place = jnp.unravel_index(donor, batch.sizes)
     out = []
     for const, has in zip(consts, batch.levels[: len(consts)], strict=True):
-        if any(has) and jnp.issubdtype(const.dtype, jnp.inexact):
+        if any(has):
             shared = tuple(i for i, h in enumerate(has) if not h)
             used = jnp.any(healthy, axis=shared)
             theirs = const[tuple(p for p, h in zip(place, has, strict=True) if h)]

@@ -1,0 +1,220 @@
+"""A trajectory that fails: its own result, no gradient, and nothing changed for the others."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import CONSTANT, DIFFRAX, OURS, PARAMS, Y0, field, relative, solve
+from problems import PROBLEMS, terms
+
+LANES, BAD = 3, 1
+TS = np.array([0.1, 0.4, 0.95])
+CONTROLLERS = {"adaptive": dfx.PIDController(rtol=1e-3, atol=1e-5), "constant": CONSTANT}
+
+
+def fragile(t, y, args):
+    """`mode` 1: undefined after t = 0.5; 2: grows without bound at a finite time."""
+    p, rate, mode = args
+    defined = jnp.where(mode == 1, jnp.sqrt(jnp.where(mode == 1, 0.5 - t, 1.0)), 1.0)
+    growth = jnp.where(mode == 2, 9.0, 0.0).astype(y.dtype) * y * jnp.sum(y**2)
+    return rate * (defined.astype(y.dtype) * field(t.astype(y.dtype), y, p) + growth)
+
+
+class Lanes:
+    """One compiled batch per controller and dtype; the failures are only numbers in it."""
+
+    def __init__(self, controller, dtype):
+        self.dtype = dtype
+
+        def one(p, y, rate, mode, t1, ts):
+            sol = solve(
+                y, (p, rate, mode), vector_field=fragile, solver=dfx.Bosh3(), t1=t1, max_steps=64,
+                stepsize_controller=controller, saveat=dfx.SaveAt(ts=ts, t1=True),
+                throw=False,
+            )  # fmt: skip
+            return sol.ts, sol.ys, sol.stats, sol.result
+
+        def loss(p, ys, rate, mode, t1, ts, weights):
+            out = jax.vmap(one, in_axes=(None, 0, 0, 0, 0, 0))(p, ys, rate, mode, t1, ts)
+            return jnp.sum(weights * jnp.sum(out[1], axis=(1, 2))), out
+
+        self.run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    def __call__(self, change=None, weight=1.0):
+        """Lane `BAD` with the numbers of `change`, the others always with the same."""
+        numbers = {
+            "ys": np.stack([Y0, -0.5 * Y0, Y0[::-1]]),
+            "rate": np.array([1.0, 1.5, 2.0]),
+            "mode": np.zeros(LANES, np.int32),
+            "t1": np.array([1.0, 1.0, 1.2]),
+            "ts": np.stack([TS, TS, TS]),
+            "weights": np.array([1.0, weight, 1.0]),
+        }
+        for name, value in (change or {}).items():
+            numbers[name][BAD] = value
+        cast = lambda x: x.astype(self.dtype) if np.issubdtype(x.dtype, np.inexact) else x
+        params = jax.tree.map(lambda x: x.astype(self.dtype), PARAMS)
+        return self.run(params, *(cast(x) for x in numbers.values()))
+
+
+KINDS = [("adaptive", np.float64), ("constant", np.float64), ("adaptive", np.float32)]
+FAILURES = {
+    "too many steps": ({"t1": 500.0}, "max_steps_reached"),
+    "y0 nan": ({"ys": np.array([0.1, np.nan, 0.2])}, "nonfinite_input"),
+    "y0 inf": ({"ys": np.array([0.1, 0.2, -np.inf])}, "nonfinite_input"),
+    "field undefined": ({"mode": 1}, None),
+    "blow-up": ({"mode": 2, "ys": np.array([2.0, 1.0, 3.0])}, None),
+    "argument nan": ({"rate": np.nan}, None),
+    "argument huge": ({"rate": 1e30}, None),
+}
+RESULTS = {"adaptive": "max_steps_reached", "constant": "nonfinite"}
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1].__name__}")
+def lanes(request):
+    controller, dtype = request.param
+    return controller, Lanes(CONTROLLERS[controller], dtype)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_lane_is_alone(lanes, failure):
+    """Compared with a healthy lane in its place whose weight in the loss is zero: bit by bit."""
+    controller, run = lanes
+    change, expected = FAILURES[failure]
+    want_grads, (_, want_ys, want_stats, want_result) = run(weight=0.0)
+    grads, (ts, ys, stats, result) = run(change)
+    assert np.all(want_result == dfx.RESULTS.successful)
+    others = np.arange(LANES) != BAD
+    np.testing.assert_array_equal(ys[others], want_ys[others])
+    for name in want_stats:
+        if name != "max_steps":
+            np.testing.assert_array_equal(stats[name][others], want_stats[name][others])
+    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert not np.any(grads[1][BAD]) and not np.any(grads[2][BAD])
+    assert np.all(grads[1][others]) and np.all(grads[0]["w"])  # nothing is zero by default
+    expected = expected or RESULTS[controller]
+    np.testing.assert_array_equal(result == dfx.RESULTS.successful, others)
+    np.testing.assert_array_equal(result == getattr(dfx.RESULTS, expected), ~others)
+    # What was reached stays, and the last state behind it; other rows are inf, as their times are.
+    reached = np.isfinite(ts[BAD])
+    assert np.all(np.isinf(ys[BAD][~reached]))
+    if failure == "field undefined":
+        np.testing.assert_array_equal(reached, [True, True, True, False])
+        assert 0.4 < ts[BAD][2] <= 0.5 and np.all(np.isfinite(ys[BAD][reached]))
+
+
+def test_a_lane_of_length_zero(lanes):
+    _, run = lanes
+    grads, (_, ys, stats, result) = run({"t1": 0.0, "ts": 0.0})
+    want_grads, (_, want_ys, _, _) = run(weight=0.0)
+    assert np.all(result == dfx.RESULTS.successful)
+    assert stats["num_steps"][BAD] == 0
+    np.testing.assert_array_equal(ys[BAD], np.broadcast_to(ys[BAD, 0], (4, 3)))
+    np.testing.assert_array_equal(ys[BAD, 0], (-0.5 * np.asarray(Y0)).astype(ys.dtype))
+    np.testing.assert_array_equal(grads[1][BAD], [4.0, 4.0, 4.0])
+    others = np.arange(LANES) != BAD
+    np.testing.assert_array_equal(ys[others], want_ys[others])
+    np.testing.assert_array_equal(grads[0]["w"], want_grads[0]["w"])
+
+
+def test_every_lane_may_fail(lanes):
+    _, run = lanes
+    ones = np.ones(LANES, run.dtype)
+    states = np.full((LANES, 3), np.nan, run.dtype)
+    params = jax.tree.map(lambda x: x.astype(run.dtype), PARAMS)
+    mode = np.zeros(LANES, np.int32)
+    ts = np.stack([TS, TS, TS]).astype(run.dtype)
+    grads, (_, _, _, result) = run.run(params, states, ones, mode, ones, ts, ones)
+    assert np.all(result == dfx.RESULTS.nonfinite_input)
+    assert not any(np.any(x) for x in jax.tree.leaves(grads))
+
+
+def test_failed_members_of_an_ensemble():
+    """A member whose parameters are NaN fails on every example; the other member learns."""
+
+    def one(p, y):
+        options = dict(solver=dfx.Bosh3(), stepsize_controller=CONSTANT, max_steps=32, throw=False)
+        return jnp.sum(solve(y, p, **options).ys)
+
+    grid = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))
+    gradient = jax.jit(jax.grad(lambda p, ys: jnp.sum(grid(p, ys)), argnums=(0, 1)))
+    ys = jnp.stack([Y0, -Y0])
+    pair = lambda scale: jax.tree.map(lambda x: jnp.stack([x, scale * x]), PARAMS)
+    (params, states), (alone, _) = gradient(pair(jnp.nan), ys), gradient(pair(0.5), ys)
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(got[0], want[0])
+        assert not np.any(got[1])
+    single = jax.jit(jax.vmap(jax.grad(one, argnums=1), in_axes=(None, 0)))(PARAMS, ys)
+    assert relative(states, single) < 1e-14
+
+
+MESSAGES = {
+    "max_steps": (dict(t1=500.0), "maximum number of solver steps was reached"),
+    "undefined": (dict(args=(PARAMS, 1.0, 1), stepsize_controller=CONSTANT), "Nonfinite"),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_throw_raises_what_happened(name):
+    options, message = MESSAGES[name]
+    options = dict(args=(PARAMS, 1.0, 0), max_steps=32) | options
+    args = options.pop("args")
+    with pytest.raises(RuntimeError, match=message):
+        solve(Y0, args, vector_field=fragile, **options)
+
+
+# --- solves that only look as if they failed -----------------------------------------------------
+
+
+def test_a_trial_step_that_overflows_is_a_rejection():
+    """exp(y) overflows in a trial step, the solution is smooth and tends to 5."""
+    sol = solve(
+        jnp.array(0.0), None, vector_field=lambda t, y, args: jnp.exp(y) * (5.0 - y),
+        t1=10.0, dt0=100.0, stepsize_controller=dfx.PIDController(1e-3, 1e-6), max_steps=4096,
+    )  # fmt: skip
+    np.testing.assert_allclose(sol.ys, [5.0], rtol=1e-3)
+    # A smooth solution, but a stiff one: stability bounds the step, and rejects one in four.
+    assert 430 < sol.stats["num_accepted_steps"] < 480
+    assert 150 < sol.stats["num_rejected_steps"] < 190
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_float32_solves_end_on_t1(controller):
+    """Ends and steps whose rounding leaves a sliver before t1: y' = 1 gives y(t1) = t1 - t0."""
+    single = jnp.float32
+    key = jax.random.key(0)
+    t0 = jnp.array([0.0, 0.0, 1.0, -7.0, 1000.0, 0.1], single).repeat(100)
+    length = jax.random.uniform(key, t0.shape, single, 0.1, 3.0)
+    dt0 = length * jax.random.uniform(jax.random.key(1), t0.shape, single, 0.03, 1.5)
+
+    def one(t0, t1, dt0):
+        clock = lambda t, y, args: jnp.ones_like(y)
+        sol = solve(
+            single(0.0), None, vector_field=clock, t0=t0, t1=t1, dt0=dt0, max_steps=64,
+            stepsize_controller=CONTROLLERS[controller], solver=dfx.Heun(), throw=False,
+        )  # fmt: skip
+        return sol.ys[0], sol.ts[0], sol.result
+
+    y1, t_end, result = jax.jit(jax.vmap(one))(t0, t0 + length, dt0)
+    assert np.all(result == dfx.RESULTS.successful)
+    np.testing.assert_array_equal(t_end, t0 + length)
+    np.testing.assert_allclose(y1, (t0 + length) - t0, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["forced", "network", "rotation", "strong dissipation"])
+def test_forward_solve_is_that_of_diffrax(name):
+    problem = PROBLEMS[name]
+    results = []
+    for adjoint in (OURS, DIFFRAX):
+        sol = dfx.diffeqsolve(
+            terms(problem), dfx.Tsit5(), 0.0, problem.t1, None, problem.y0, problem.params,
+            stepsize_controller=dfx.PIDController(1e-6, 1e-8), adjoint=adjoint, max_steps=512,
+            saveat=dfx.SaveAt(ts=np.linspace(0.0, problem.t1, 4)),
+        )  # fmt: skip
+        results.append(sol)
+    ours, theirs = results
+    for count in ("num_steps", "num_accepted_steps", "num_rejected_steps"):
+        assert ours.stats[count] == theirs.stats[count]
+    assert relative(ours.ys, theirs.ys) < 1e-12
