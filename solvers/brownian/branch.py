@@ -127,14 +127,14 @@ class Tree(NamedTuple):
             node = _side(rows[level], self._ancestor(p, level) & 1 == 1)
             number = (jnp.int32(1) << level) + self._ancestor(p, level)
             key = jax.random.fold_in(self.key, number)
-            noise, weights = _materialized(
+            noise, weights = bridge.materialized(
                 level >= 0,
                 lambda: (
                     jax.random.normal(key, node.shape, node.dtype),
                     bridge.coefficients(cut, width, self.parts),
                 ),
             )
-            halves = _materialized(level >= 0, lambda: self._split(node, weights, noise, zero))
+            halves = bridge.materialized(level >= 0, lambda: self._split(node, weights, noise, zero))
             here = (first <= level) & (level < last)
             # `new` from `halves`, not from the row: reading what is overwritten makes XLA copy all rows.
             new = self._half(halves, p, other, level, right_end, zero)
@@ -203,20 +203,6 @@ class Tree(NamedTuple):
         half = tuple(jnp.split(_side(halves, ~right_end), self.parts))
         new = bridge.piece(half, width, zero)
         return _where(touches & inside, new, jax.tree.map(jnp.zeros_like, new))
-
-
-def _materialized(always: Bool[Array, ""], compute):
-    """compute(), in memory: else XLA repeats it for each number made from it (the inverse error
-    function!).
-
-    `always` is true, but XLA cannot know, and what a conditional returns is not fused with its
-    users.
-    """
-
-    def zeros():
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
-
-    return jax.lax.cond(always, compute, zeros)
 
 
 def _where(condition: Bool[Array, ""], x, y):

@@ -26,14 +26,15 @@ Reference:  Numerical approximations for stochastic differential equations, theo
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt
-
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt
 
 Node = tuple[Float[Array, " size"], ...]
+Draws = TypeVar("Draws")
 
 
 def opaque_zero(key: PRNGKeyArray) -> UInt[Array, ""]:
@@ -47,6 +48,20 @@ def pinned(x: Float[Array, "*shape"], zero: UInt[Array, ""]) -> Float[Array, "*s
     word = jnp.uint64 if x.dtype.itemsize == 8 else jnp.uint32
     bits = jax.lax.bitcast_convert_type(x, word) ^ zero.astype(word)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+def materialized(always: Bool[Array, ""], compute: Callable[[], Draws]) -> Draws:
+    """compute(), kept in memory and not fused with what uses it.
+
+    Fused, it would be repeated for every number made from it (the inverse error function!), and could
+    be rounded differently in each place. What a conditional returns is never fused with its users;
+    `always` is a condition that holds, though XLA cannot know, best one that `vmap` leaves a scalar.
+    """
+
+    def zeros():
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+
+    return jax.lax.cond(always, compute, zeros)
 
 
 def coefficients(fraction: Float[Array, ""], width: Float[Array, ""], parts: int) -> Array:

@@ -198,6 +198,7 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
         dtype, size = vector_dtype(self.shape), vector_size(self.shape)
         zero = bridge.opaque_zero(self.key)
         width = width.astype(dtype)
+        key = jax.random.fold_in(self.key, n)
 
         def scaled(root, key):
             # Two roundings, pinned, so that every program gets the same bits: a constant root would
@@ -205,15 +206,18 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
             draw = bridge.pinned(jax.random.normal(key, (size,), dtype), zero)
             return bridge.pinned(root * draw, zero)
 
-        key = jax.random.fold_in(self.key, n)
-        w = scaled(jnp.sqrt(width), key)
-        if self.levy_area is diffrax.BrownianIncrement:
-            return (w,)
-        h = scaled(jnp.sqrt(width / 12), salted(key, 1))
-        if self.levy_area is diffrax.SpaceTimeLevyArea:
-            return w, h
-        increment = diffrax.SpaceTimeLevyArea(dt=width, W=w, H=h)
-        return w, h, foster_area(increment, key=salted(key, 2))
+        def draws():
+            w = scaled(jnp.sqrt(width), key)
+            if self.levy_area is diffrax.BrownianIncrement:
+                return (w,)
+            return w, scaled(jnp.sqrt(width / 12), salted(key, 1))
+
+        parts = bridge.materialized(n > -2, draws)  # -1 is a bad number too: NaN
+        if self.levy_area is not SpaceSpaceLevyArea:
+            return parts
+        increment = diffrax.SpaceTimeLevyArea(dt=width, W=parts[0], H=parts[1])
+        area = bridge.materialized(n > -2, lambda: foster_area(increment, key=salted(key, 2)))
+        return *parts, area
 
     @eqx.filter_jit
     def _query(self, a, b):
@@ -261,6 +265,6 @@ def _joined(first, first_width, second, second_width, zero):
         for parts, width in ((first, first_width), (second, second_width))
     )
     areas = (
-        join_areas(x, y, first[0], second[0]) for x, y in zip(first[2:], second[2:], strict=True)
+        join_areas(x, y, first[0], second[0], zero) for x, y in zip(first[2:], second[2:], strict=True)
     )
     return *bridge.area(bridge.join(*pieces, zero), zero), *areas

@@ -26,7 +26,9 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt
+
+from nde.solvers.brownian import bridge
 
 
 def foster_area(
@@ -41,10 +43,9 @@ def foster_area(
     Raises:
         ValueError: if `W` is not one vector.
     """
-    h, H = jnp.abs(_vector(increment, increment.dt)), _vector(increment, increment.H)
-    squares = jnp.square(H)
-    pairs = squares[:, None] + squares[None, :]
-    return _area(increment, jnp.sqrt(h * h / 20 + h / 5 * pairs), key)
+    h, (rows, cols) = jnp.abs(_vector(increment, increment.dt)), _pairs(increment)
+    squares = jnp.square(_vector(increment, increment.H))
+    return _area(increment, jnp.sqrt(h * h / 20 + h / 5 * (squares[rows] + squares[cols])), key)
 
 
 def davie_area(
@@ -59,8 +60,8 @@ def davie_area(
     Raises:
         ValueError: if `W` is not one vector.
     """
-    h, n = jnp.abs(_vector(increment, increment.dt)), increment.W.size
-    return _area(increment, jnp.broadcast_to(h / np.sqrt(12.0).item(), (n, n)), key)
+    h, (rows, _) = jnp.abs(_vector(increment, increment.dt)), _pairs(increment)
+    return _area(increment, jnp.broadcast_to(h / np.sqrt(12.0).item(), rows.shape), key)
 
 
 def join_areas(
@@ -68,9 +69,13 @@ def join_areas(
     second: Float[Array, "n n"],
     w_first: Float[Array, " n"],
     w_second: Float[Array, " n"],
+    zero: UInt[Array, ""],
 ) -> Float[Array, "n n"]:
-    """Area of an interval from the areas and increments of its two halves in order (Chen's relation)."""
-    outer = jnp.outer(w_first, w_second)
+    """Area of an interval from the areas and increments of its two parts, in order (Chen).
+
+    `zero` is the `bridge.opaque_zero` of the path's key.
+    """
+    outer = bridge.pinned(jnp.outer(w_first, w_second), zero)
     return first + second + (outer - outer.T) / 2
 
 
@@ -83,10 +88,16 @@ def _vector(increment, x):
     return jnp.asarray(x, increment.W.dtype)
 
 
+def _pairs(increment):
+    """The pairs of channels i < j: one area each."""
+    return np.triu_indices(increment.W.size, 1)
+
+
 def _area(increment, scale, key):
-    n = increment.W.size
-    rows, cols = np.triu_indices(n, 1)
-    draws = jax.random.normal(key, (rows.size,), increment.W.dtype)
-    upper = jnp.zeros((n, n), increment.W.dtype).at[rows, cols].set(draws) * scale
-    mean = jnp.outer(increment.H, increment.W)
-    return mean - mean.T + upper - upper.T
+    (rows, cols), w, h = _pairs(increment), increment.W, increment.H
+    zero = bridge.opaque_zero(key)
+    draws = jax.random.normal(key, (rows.size,), w.dtype)
+    mean = bridge.pinned(h[rows] * w[cols], zero) - bridge.pinned(w[rows] * h[cols], zero)
+    upper = mean + bridge.pinned(scale * draws, zero)
+    # Written twice, not computed twice: two roundings of one area would not cancel in A + A^T.
+    return jnp.zeros((w.size, w.size), w.dtype).at[rows, cols].set(upper).at[cols, rows].set(-upper)

@@ -198,7 +198,11 @@ ADJOINTS = [diffrax.RecursiveCheckpointAdjoint(), diffrax.DirectAdjoint(), diffr
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
-@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(
+    "backwards",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["forwards", "backwards"],
+)
 def test_gradients_pass_through_with_every_adjoint(adjoint, backwards):
     t0, t1 = (1.0, 0.0) if backwards else (0.0, 1.0)
     path = BrownianGrid(0.0, 1.0, 1 / 64, (), KEY)

@@ -335,7 +335,11 @@ ADJOINTS = [diffrax.RecursiveCheckpointAdjoint(), diffrax.DirectAdjoint(), diffr
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
-@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(
+    "backwards",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["forwards", "backwards"],
+)
 def test_adaptive_solves_differentiate_with_every_adjoint(adjoint, backwards):
     t0, t1 = (1.0, 0.0) if backwards else (0.0, 1.0)
     path = interval(shape=(), tol=2.0**-20)

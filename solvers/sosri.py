@@ -1,0 +1,266 @@
+r"""SOSRI: adaptive stochastic Runge-Kutta of strong order 1.5 for Ito equations with diagonal
+noise.
+
+With W and the space-time Levy area H of a step of length h, q = sqrt(h) and four stages,
+
+    chi1 = (W^2 - h)/(2 q)        chi2 = W/2 + H        chi3 = (W^3 - 3 h W)/(6 h)
+    u_i  = y0 + h sum_j a0_ij k_j + chi2 sum_j b0_ij g_j        k_i = f(t0 + c0_i h, u_i)
+    v_i  = y0 + h sum_j a1_ij k_j + q    sum_j b1_ij g_j        g_i = g(t0 + c1_i h, v_i)        j < i
+    y1   = y0 + h sum_i alpha_i k_i + sum_i (beta1_i W + beta2_i chi1 + beta3_i chi2 + beta4_i chi3) g_i
+
+    error = h (sum_i alpha_i k_i - k_1) + chi2 sum_i beta3_i g_i + chi3 sum_i beta4_i g_i        "embedded"
+    error = delta h (sum of the k_i with alpha_i) + the same two sums                            "paper"
+
+The published estimate is O(h): it measures the drift's increment, not its error. Keep it to
+reproduce counts of steps made with it; the embedded one falls as h^(3/2).
+
+In code:    chi1, chi2, chi3 -> one array each, of the shape of W    a0, b0, .. -> the rows of the tableau
+Cost:       4 evaluations of drift and diffusion. c0_2 < 0 and c0_4 > 1: the drift is evaluated outside the step.
+Not for:    noise where g_i depends on components of y other than y_i: strong order 0.5 there. Stratonovich.
+Reference:  Rackauckas and Nie, Stability-optimized high order methods and stiffness detection for
+    pathwise
+            stiff SDEs (2018) | arXiv:1804.04344        SRIW1: Roessler (2010) | doi:10.1137/09076636X
+"""
+
+import math
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float
+
+Row = tuple[float, ...]
+
+
+class SRITableau(NamedTuple):
+    """Coefficients of the module's equations; row i of a0, b0, a1, b1 has i entries. `delta` scales the paper's error."""
+
+    a0: tuple[Row, ...]
+    b0: tuple[Row, ...]
+    a1: tuple[Row, ...]
+    b1: tuple[Row, ...]
+    alpha: Row
+    beta1: Row
+    beta2: Row
+    beta3: Row
+    beta4: Row
+    delta: float
+
+
+SOSRI_TABLEAU = SRITableau(
+    a0=(
+        (),
+        (-0.04199224421316468,),
+        (2.842612915017106, -2.0527723684000727),
+        (4.338237071435815, -2.8895936137439793, 2.3017575594644466),
+    ),
+    b0=(
+        (),
+        (-0.21641093549612528,),
+        (1.5336352863679572, 0.26066223492647056),
+        (-1.0536037558179159, 1.7015284721089472, -0.20725685784180017),
+    ),
+    a1=(
+        (),
+        (0.26204282091330466,),
+        (0.20903646383505375, -0.1502377115150361),
+        (0.05836595312746999, 0.6149440396332373, 0.08535117634046772),
+    ),
+    b1=(
+        (),
+        (-0.5119011827621657,),
+        (2.67767339866713, -4.9395031322250995),
+        (0.15580956238299215, 3.2361551006624674, -1.4223118283355949),
+    ),
+    alpha=(1.140099274172029, -0.6401334255743456, 0.4736296532772559, 0.026404498125060714),
+    beta1=(-1.8453464565104432, 2.688764531100726, -0.2523866501071323, 0.40896857551684956),
+    beta2=(0.4969658141589478, -0.5771202869753592, -0.12919702470322217, 0.2093514975196336),
+    beta3=(2.8453464565104425, -2.688764531100725, 0.2523866501071322, -0.40896857551684945),
+    beta4=(0.11522663875443433, -0.57877086147738, 0.2857851028163886, 0.17775911990655704),
+    delta=1.0,
+)
+
+SRIW1_TABLEAU = SRITableau(
+    a0=((), (3 / 4,), (0.0, 0.0), (0.0, 0.0, 0.0)),
+    b0=((), (3 / 2,), (0.0, 0.0), (0.0, 0.0, 0.0)),
+    a1=((), (1 / 4,), (1.0, 0.0), (0.0, 0.0, 1 / 4)),
+    b1=((), (1 / 2,), (-1.0, 0.0), (-5.0, 3.0, 1 / 2)),
+    alpha=(1 / 3, 2 / 3, 0.0, 0.0),
+    beta1=(-1.0, 4 / 3, 2 / 3, 0.0),
+    beta2=(-1.0, 4 / 3, -1 / 3, 0.0),
+    beta3=(2.0, -4 / 3, -2 / 3, 0.0),
+    beta4=(-2.0, 5 / 3, -2 / 3, 1.0),
+    delta=1 / 6,
+)
+
+
+class AbstractSRI(diffrax.AbstractItoSolver, diffrax.AbstractAdaptiveSolver):
+    """A method of the module's form, given by its `tableau`."""
+
+    tableau: eqx.AbstractClassVar[SRITableau]
+    error: eqx.AbstractVar[Literal["embedded", "paper"]]
+
+    term_structure: ClassVar = diffrax.MultiTerm[
+        tuple[diffrax.AbstractTerm, diffrax.AbstractTerm]  # type: ignore[type-arg] (any field)
+    ]
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
+
+    def __check_init__(self):
+        if self.error not in ("embedded", "paper"):
+            raise ValueError(f'`error` is {self.error!r}; choose "embedded" or "paper".')
+
+    def order(self, terms):
+        del terms
+        return 2
+
+    def strong_order(self, terms):
+        del terms
+        return 1.5
+
+    def init(self, terms, t0, t1, y0, args) -> Float[Array, ""]:
+        _, diffusion = terms.terms
+        name = type(self).__name__
+        increment = jax.eval_shape(lambda: diffusion.contr(t0, t1, use_levy=True))
+        if not isinstance(increment, diffrax.AbstractSpaceTimeLevyArea):
+            raise ValueError(
+                f"{name} was given increments of type {type(increment).__name__}; it needs a Brownian path "
+                "with space-time Levy area: levy_area=diffrax.SpaceTimeLevyArea."
+            )
+        field = eqx.filter_eval_shape(diffusion.vf, t0, y0, args)
+        _check_diagonal(field, y0, increment.W, name)
+        # An Ito integral run backwards is another integral. Every step uses the sign, so that the
+        # check cannot be dropped as unused.
+        sign = jnp.sign(jnp.asarray(terms.terms[0].contr(t0, t1)))
+        return eqx.error_if(
+            sign,
+            sign < 0,
+            f"{name} solves Ito equations, which run forwards in time only; for t1 < t0 use a "
+            "Stratonovich solver.",
+        )
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del made_jump
+        drift, diffusion = terms.terms
+        tab = self.tableau
+        h = drift.contr(t0, t1)
+        bm = diffusion.contr(t0, t1, use_levy=True)
+        ones = jax.tree.map(jnp.ones_like, bm.W)
+        length = h * solver_state
+        chi1, chi2, chi3 = _iterated_integrals(length, bm)
+        q = jax.tree.map(lambda w: jnp.sqrt(length).astype(w.dtype), bm.W)
+        k, g = [], []  # h k_i, and g_i as arrays of the structure of y
+        for i in range(4):
+            c0, c1 = math.fsum(tab.a0[i]), math.fsum(tab.a1[i])
+            u = _plus(y0, _combine(tab.a0[i], k), _scaled(_combine(tab.b0[i], g), chi2))
+            k.append(drift.vf_prod(t0 + c0 * (t1 - t0), u, args, h))
+            v = _plus(y0, _combine(tab.a1[i], k), _scaled(_combine(tab.b1[i], g), q))
+            g.append(diffusion.vf_prod(t0 + c1 * (t1 - t0), v, args, ones))
+        first_order = _plus(
+            _scaled(_combine(tab.beta1, g), bm.W), _scaled(_combine(tab.beta2, g), chi1)
+        )
+        higher_order = _plus(
+            _scaled(_combine(tab.beta3, g), chi2), _scaled(_combine(tab.beta4, g), chi3)
+        )
+        y1 = _plus(y0, _combine(tab.alpha, k), first_order, higher_order)
+        error = _plus(_combine(self._drift_error(), k), higher_order)
+        return y1, error, dict(y0=y0, y1=y1), solver_state, diffrax.RESULTS.successful
+
+    def func(self, terms, t0, y0, args) -> Any:
+        return terms.vf(t0, y0, args)
+
+    def _drift_error(self) -> Row:
+        alpha = self.tableau.alpha
+        if self.error == "embedded":
+            return (alpha[0] - 1, *alpha[1:])
+        return tuple(self.tableau.delta if a != 0 else 0.0 for a in alpha)
+
+
+class SOSRI(AbstractSRI):
+    """Stability-optimized SRI: strong order 1.5, Ito, diagonal noise, adaptive. See the module for
+    the equations.
+
+    Call it with `terms=MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))`, where `path` has
+    `levy_area=diffrax.SpaceTimeLevyArea` and `diffusion` returns a `lineax.DiagonalLinearOperator`
+    whose i-th entry depends on `t` and `y[i]` only (otherwise the strong order is 0.5, and nothing
+    can tell), or, for one scalar noise of shape (), an array of the shape of y.
+
+    Args:
+        error: `"embedded"` (falls as the step to the power 3/2) or `"paper"` (as published,
+            larger).
+
+    Raises:
+        ValueError: for matrix noise, a path without space-time Levy area, or an unknown `error`.
+
+    Reference:
+        Stability-optimized high order methods and stiffness detection for pathwise stiff SDEs
+        (2018) | arXiv:1804.04344
+    """
+
+    tableau: ClassVar[SRITableau] = SOSRI_TABLEAU
+    error: Literal["embedded", "paper"] = "embedded"
+
+
+class SRIW1(AbstractSRI):
+    """SRIW1: the method with rational coefficients that SOSRI improves on. Same orders, noise and
+    terms.
+
+    Args:
+        error: `"embedded"` or `"paper"`, as for `SOSRI`.
+
+    Raises:
+        ValueError: as for `SOSRI`.
+
+    Reference:
+        Runge-Kutta methods for the strong approximation of SDEs (2010) | doi:10.1137/09076636X
+    """
+
+    tableau: ClassVar[SRITableau] = SRIW1_TABLEAU
+    error: Literal["embedded", "paper"] = "embedded"
+
+
+def _iterated_integrals(h, bm):
+    """chi1, chi2, chi3, each with the structure of W."""
+
+    def leaf(w, area):
+        dt = h.astype(w.dtype)
+        chi1 = (w * w - dt) / (2 * jnp.sqrt(dt))
+        return chi1, w / 2 + area, w * (w * w - 3 * dt) / (6 * dt)
+
+    triples = jax.tree.map(leaf, bm.W, bm.H)
+    return jax.tree.transpose(jax.tree.structure(bm.W), jax.tree.structure((0, 0, 0)), triples)
+
+
+def _check_diagonal(field, y0, noise, name) -> None:
+    if isinstance(field, lx.AbstractLinearOperator):
+        diagonal, got = lx.is_diagonal(field), f"a {type(field).__name__}"
+    else:
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(field)]
+        diagonal = shapes == [jnp.shape(x) for x in jax.tree.leaves(y0)]
+        got = f"an array of shape {shapes[0] if len(shapes) == 1 else shapes}"
+        channels = [x.shape for x in jax.tree.leaves(noise)]
+        got += f" for noise of shape {channels[0] if len(channels) == 1 else channels}"
+    if not diagonal:
+        raise ValueError(
+            f"{name} needs diagonal noise, but `diffusion` returned {got}. Return "
+            "lineax.DiagonalLinearOperator(g) with g[i] a function of y[i], or use a solver for matrix "
+            "noise: LevyHeun (strong order 1), diffrax.SPaRK or diffrax.EulerHeun (0.5)."
+        )
+
+
+def _combine(row: Row, values: list):
+    """sum_j row[j] values[j]; None where every coefficient is zero."""
+    terms = [jax.tree.map(lambda x, a=a: a * x, v) for a, v in zip(row, values) if a != 0]  # noqa: B905 (a row may be shorter than the stages so far)
+    return _plus(*terms) if terms else None
+
+
+def _scaled(x, weight):
+    """x, leaf by leaf times `weight` (of the same shape, or a scalar)."""
+    return None if x is None else jax.tree.map(jnp.multiply, x, weight)
+
+
+def _plus(*terms):
+    terms = [x for x in terms if x is not None]
+    return jax.tree.map(lambda *xs: sum(xs[1:], start=xs[0]), *terms)

@@ -1,0 +1,256 @@
+"""SOSRI: its order conditions, its orders without Monte Carlo, and one coupled run."""
+
+from itertools import pairwise
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+
+from nde.solvers.brownian import BrownianGrid, BrownianInterval
+from nde.solvers.sosri import SOSRI, SRIW1
+
+KEY = jax.random.key(2)
+METHODS = {"SOSRI": SOSRI(), "SRIW1": SRIW1()}
+
+
+def order_conditions(tab):
+    """Residuals of the 25 conditions for strong order 1.5 (Roessler 2010, theorem 5.1)."""
+
+    def matrix(rows):
+        return np.array([[*row, *[0.0] * (4 - len(row))] for row in rows])
+
+    a0, b0, a1, b1 = (matrix(x) for x in (tab.a0, tab.b0, tab.a1, tab.b1))
+    alpha, betas = np.array(tab.alpha), np.array([tab.beta1, tab.beta2, tab.beta3, tab.beta4])
+    e = np.ones(4)
+    return np.concatenate([
+        [alpha @ e - 1, alpha @ a0 @ e - 1 / 2, alpha @ b0 @ e - 1, alpha @ (b0 @ e) ** 2 - 3 / 2],
+        betas @ e - [1, 0, 0, 0],
+        betas @ b1 @ e - [0, 1, 0, 0],
+        betas @ a1 @ e - [1, 0, -1, 0],
+        betas @ (b1 @ e) ** 2 - [1, 0, -1, 2],
+        betas @ (b1 @ (b1 @ e)) - [0, 0, 0, 1],
+        [betas[0] @ (a1 @ (b0 @ e)) / 2 + betas[2] @ (a1 @ (b0 @ e)) / 3],
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_order_conditions_hold(method):
+    residuals = order_conditions(METHODS[method].tableau)
+    assert residuals.size == 25
+    assert np.abs(residuals).max() < 1e-14
+
+
+@pytest.mark.parametrize("field", ["a0", "b0", "a1", "b1"])
+def test_a_wrong_coefficient_is_noticed(field):
+    tab = SOSRI().tableau
+    rows = [list(row) for row in getattr(tab, field)]
+    rows[2][0] += 1e-3
+    assert np.abs(order_conditions(tab._replace(**{field: rows}))).max() > 1e-5
+
+
+class Given(diffrax.AbstractPath):
+    """A path that returns one given increment."""
+
+    increment: diffrax.SpaceTimeLevyArea
+    t0: float = 0.0
+    t1: float = 1.0
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        return self.increment if use_levy else self.increment.W
+
+
+def tangent_problem(path, a=0.7):
+    """dX = -a^2 sin X cos^3 X dt + a cos^2 X dW, solved by arctan(a W + tan X0)."""
+    return diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, x, args: -(a**2) * jnp.sin(x) * jnp.cos(x) ** 3),
+        diffrax.ControlTerm(lambda t, x, args: a * jnp.cos(x) ** 2, path),
+    )
+
+
+def one_step_errors(solver, h, x0=0.5, a=0.7):
+    """Mean-square error, error of the mean, and weak error of one step, by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    weights = jnp.asarray(np.outer(weights, weights) / (2 * np.pi))
+    w, area = np.meshgrid(np.sqrt(h) * nodes, np.sqrt(h / 12) * nodes, indexing="ij")
+
+    def step(w, area):
+        increment = diffrax.SpaceTimeLevyArea(dt=jnp.asarray(h), W=w, H=area)
+        terms = tangent_problem(Given(increment))
+        return solver.step(terms, 0.0, h, jnp.asarray(x0), None, jnp.ones(()), False)[0]
+
+    x1 = jax.vmap(jax.vmap(step))(jnp.asarray(w), jnp.asarray(area))
+    exact = jnp.arctan(a * jnp.asarray(w) + np.tan(x0))
+    mean_square = jnp.sqrt(jnp.sum(weights * (x1 - exact) ** 2))
+    mean = abs(jnp.sum(weights * (x1 - exact)))
+    weak = max(abs(jnp.sum(weights * (f(x1) - f(exact)))) for f in (jnp.sin, jnp.square))
+    return float(mean_square), float(mean), float(weak)
+
+
+SIZES = [0.02, 0.01, 0.005, 0.0025]
+
+
+def one_step_orders(solver):
+    """Strong and weak order; and what the mean error adds up to, in units of the random error."""
+    mean_square, mean, weak = np.transpose([one_step_errors(solver, h) for h in SIZES])
+    slopes = [np.mean([np.log2(x / y) for x, y in pairwise(e)]) for e in (mean_square, weak[-2:])]
+    drift = (mean[-1] / SIZES[-1]) / (mean_square[-1] / np.sqrt(SIZES[-1]))
+    return slopes[0] - 1 / 2, slopes[1] - 1, drift
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_step_has_the_stated_orders(method):
+    strong, weak, drift = one_step_orders(METHODS[method])
+    assert abs(strong - 1.5) < 0.1 and abs(weak - 1.5) < 0.25
+    assert drift < 0.1  # else the mean error would add up to more than the random one
+
+
+def test_the_one_step_test_tells_orders_apart():
+    strong, _, drift = one_step_orders(diffrax.ItoMilstein())
+    assert strong < 1.5 - 0.1 and drift > 1
+
+
+def coupled_errors(solver, fields, y0, levels, paths, exact=None, fine=2**-10):
+    """L2 errors at t=1, path by path (levels, paths), all levels driven by one fine grid."""
+    drift, diffusion = fields
+
+    def one(key):
+        path = BrownianGrid(0.0, 1.0, fine, y0.shape, key, levy_area=diffrax.SpaceTimeLevyArea)
+        terms = diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path))
+
+        def end(dt):
+            n = round(1 / dt)
+
+            def body(y, i):
+                t = i.astype(y.dtype) * dt
+                return solver.step(terms, t, t + dt, y, None, jnp.ones(()), False)[0], None
+
+            return jax.lax.scan(body, y0, jnp.arange(n))[0]
+
+        reference = end(fine) if exact is None else exact(path.evaluate(0.0, 1.0))
+        return jnp.stack([jnp.sum((end(dt) - reference) ** 2) for dt in levels])
+
+    squares = jax.jit(jax.vmap(one))(jax.random.split(KEY, paths))
+    return np.asarray(squares).T
+
+
+def strong_order(squares, levels, samples=400):
+    """Slope of the two finest intervals, with a 95% bootstrap interval."""
+    steps = np.log2(np.array(levels)[-3:])
+
+    def slope(columns):
+        errors = np.log2(np.sqrt(squares[-3:, columns].mean(axis=1)))
+        return (errors[0] - errors[2]) / (steps[0] - steps[2])
+
+    paths = squares.shape[1]
+    draws = np.random.default_rng(0).integers(0, paths, (samples, paths))
+    low, high = np.quantile([slope(d) for d in draws], [0.025, 0.975])
+    return slope(np.arange(paths)), low, high
+
+
+def diagonal(g):
+    return lambda t, y, args: lx.DiagonalLinearOperator(g(t, y))
+
+
+GBM = (lambda t, y, args: 0.5 * y, diagonal(lambda t, y: 0.8 * y))
+OU = (lambda t, y, args: -y, diagonal(lambda t, y: 0.5 * jnp.ones_like(y)))
+OWN = (lambda t, y, args: jnp.stack([-y[1], y[0]]), diagonal(lambda t, y: 0.6 * jnp.sin(y) + 0.4))
+MIXED = (
+    lambda t, y, args: jnp.stack([-y[1], y[0]]),
+    diagonal(lambda t, y: 0.6 * jnp.sin(y[::-1]) + 0.4),
+)
+LEVELS = [2.0**-3, 2.0**-4, 2.0**-5, 2.0**-6]
+
+
+@pytest.mark.parametrize(
+    "paths, fine", [(600, 2**-7), pytest.param(4000, 2**-10, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("problem", ["geometric", "own noise"])
+def test_global_strong_order(problem, paths, fine):
+    y0 = jnp.array([1.0, 0.5])
+    if problem == "geometric":
+        exact = lambda w: y0 * jnp.exp(0.5 - 0.32 + 0.8 * w)  # noqa: E731
+        squares = coupled_errors(SOSRI(), GBM, y0, LEVELS, paths, exact, fine)
+    else:
+        squares = coupled_errors(SOSRI(), OWN, y0, LEVELS, paths, None, fine / 2)
+    order, low, high = strong_order(squares, LEVELS)
+    band = 0.15 if paths >= 4000 else 0.2
+    assert 1.5 - band <= order and low < 1.5 + band and high > 1.5 - band, (order, low, high)
+
+
+def test_noise_that_is_not_own_noise_has_strong_order_one_half():
+    squares = coupled_errors(SOSRI(), MIXED, jnp.array([1.0, 0.5]), LEVELS, 500, None, 2**-8)
+    order, _, _ = strong_order(squares, LEVELS)
+    assert order < 1.0, order
+
+
+def adaptive(solver, tol, path, fields=GBM):
+    terms = diffrax.MultiTerm(diffrax.ODETerm(fields[0]), diffrax.ControlTerm(fields[1], path))
+    controller = diffrax.ClipStepSizeController(
+        diffrax.PIDController(rtol=tol, atol=tol), store_rejected_steps=200
+    )
+    return diffrax.diffeqsolve(
+        terms, solver, 0.0, 1.0, 0.01, jnp.ones(2), stepsize_controller=controller, max_steps=4096
+    )
+
+
+@pytest.mark.parametrize("error", ["embedded", pytest.param("paper", marks=pytest.mark.slow)])
+def test_adaptive_steps_converge_with_the_tolerance(error):
+    path = BrownianInterval(0.0, 1.0, (2,), KEY, levy_area=diffrax.SpaceTimeLevyArea)
+    exact = jnp.exp(0.5 - 0.32 + 0.8 * path.evaluate(0.0, 1.0))
+    coarse, fine = 1e-2, 1e-3 if error == "paper" else 1e-4
+    solves = [adaptive(SOSRI(error=error), tol, path) for tol in (coarse, fine)]
+    errors = [float(jnp.max(jnp.abs(s.ys[-1] - exact))) for s in solves]
+    steps = [int(s.stats["num_accepted_steps"]) for s in solves]
+    assert errors[1] < errors[0] and errors[1] < 1e-2 and steps[1] > steps[0]
+
+
+@pytest.mark.parametrize("method", [SOSRI, SRIW1])
+def test_the_embedded_estimate_falls_faster_than_the_published_one(method):
+    def estimate(error, h):
+        increment = diffrax.SpaceTimeLevyArea(
+            dt=jnp.asarray(h), W=jnp.asarray(np.sqrt(h)), H=jnp.asarray(0.2 * np.sqrt(h))
+        )
+        terms = tangent_problem(Given(increment))
+        step = method(error=error).step(terms, 0.0, h, jnp.asarray(0.5), None, jnp.ones(()), False)
+        return abs(float(step[1]))
+
+    slopes = {e: np.log2(estimate(e, 1e-4) / estimate(e, 0.5e-4)) for e in ("embedded", "paper")}
+    assert slopes["embedded"] > 1.3 and abs(slopes["paper"] - 1) < 0.1, slopes
+
+
+def test_scalar_noise_drives_a_vector():
+    path = BrownianGrid(0.0, 1.0, 2**-8, (), KEY, levy_area=diffrax.SpaceTimeLevyArea)
+    terms = diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, y, args: 0.5 * y),
+        diffrax.ControlTerm(lambda t, y, args: 0.8 * y, path),
+    )
+    y1 = diffrax.diffeqsolve(terms, SOSRI(), 0.0, 1.0, 2**-8, jnp.array([1.0, 3.0])).ys[-1]
+    exact = jnp.array([1.0, 3.0]) * jnp.exp(0.5 - 0.32 + 0.8 * path.evaluate(0.0, 1.0))
+    np.testing.assert_allclose(y1, exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_terms_that_do_not_fit_are_errors(method):
+    def solve(field, levy_area=diffrax.SpaceTimeLevyArea, shape=(2,), t0=0.0, t1=1.0):
+        path = BrownianGrid(0.0, 1.0, 0.25, shape, KEY, levy_area=levy_area)
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, args: -y), diffrax.ControlTerm(field, path)
+        )
+        diffrax.diffeqsolve(terms, METHODS[method], t0, t1, (t1 - t0) / 4, jnp.ones(2))
+
+    with pytest.raises(ValueError, match=rf"{method} needs diagonal noise.*\(2, 3\).*LevyHeun"):
+        solve(lambda t, y, args: jnp.ones((2, 3)), shape=(3,))
+    with pytest.raises(ValueError, match="MatrixLinearOperator"):
+        solve(lambda t, y, args: lx.MatrixLinearOperator(jnp.ones((2, 2))))
+    with pytest.raises(ValueError, match="levy_area=diffrax.SpaceTimeLevyArea"):
+        solve(diagonal(lambda t, y: y), levy_area=diffrax.BrownianIncrement)
+    with pytest.raises(RuntimeError, match="forwards in time only"):
+        solve(diagonal(lambda t, y: y), t0=1.0, t1=0.0)
+
+
+def test_an_unknown_error_estimate_is_an_error():
+    with pytest.raises(ValueError, match='"embedded" or "paper"'):
+        SOSRI(error="other")  # pyright: ignore[reportArgumentType] (that is the point)
