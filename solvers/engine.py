@@ -80,12 +80,14 @@ class AbstractSolve(abc.ABC):
         """The backward loop. `wanted`: zeros to add the cotangents of constants to."""
 
     def solve(self, start: Start) -> Moving:
+        """Runs the forward loop from `start`, in one lane; `vmap` and `grad` follow `lanes`."""
         out = lanes.solve(self, self.traced.pool.consts + jax.tree.leaves(start))
         return jax.tree.unflatten(jax.tree.structure(self._out), out)
 
     # --- what `lanes` asks for ---
 
     def check_perturbed(self, perturbed: tuple[bool, ...]) -> None:
+        """Refuses derivatives with respect to times and controllers, never a silent zero."""
         n = len(self.traced.pool.consts)
         moving = jax.tree.unflatten(jax.tree.structure(self._start), perturbed[n:])
         names = [
@@ -103,12 +105,14 @@ class AbstractSolve(abc.ABC):
             )
 
     def forward(self, operands: list[Array], batch: Batch, keep: bool) -> list[Array]:
+        """The results of the loop and, if `keep`, what the backward pass needs."""
         out = self._run(operands, batch, keep)
         arrays = jax.tree.leaves(_bare(out)) + (jax.tree.leaves(self.keep(out)) if keep else [])
         slots = self.results + (self.kept if keep else ())
         return [_shaped(x, slot, batch.sizes) for x, slot in zip(arrays, slots, strict=True)]
 
     def backward(self, operands, batch: Batch, kept, cotangents, perturbed) -> list[Array]:
+        """The cotangents of the perturbed operands, from those of the results (None: zero)."""
         n = len(self.traced.pool.consts)
         consts, start = operands[:n], self._spread(operands, batch)
         kept = [_flat(x, slot, batch) for x, slot in zip(kept, self.kept, strict=True)]

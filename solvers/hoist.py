@@ -24,6 +24,7 @@ class Hoisted(NamedTuple):
     out_tree: Any
 
     def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
+        """Evaluates the function; every number becomes an array."""
         out = eval_jaxpr(self.jaxpr, [consts[i] for i in self.uses], *jax.tree.leaves(args))
         return jax.tree.unflatten(self.out_tree, [jnp.asarray(x) for x in out])
 

@@ -44,12 +44,18 @@ class Slot(NamedTuple):
     differentiable: bool = False
 
     def aval(self, sizes: tuple[int, ...]) -> Any:
+        """The abstract value with the levels put in their place."""
         rows = self.shape[:1] if self.rowed else ()
         return ShapedArray(rows + sizes + self.shape[len(rows) :], self.dtype)
 
 
 class Program(Protocol):
-    """What a solve must say about itself. An instance is compared by identity."""
+    """What a solve must say about itself. An instance is compared by identity.
+
+    `forward` returns the results, and with `keep` also what `backward` needs; `backward` maps
+    cotangents of the differentiable results (None: zero) to those of the perturbed operands;
+    `check_perturbed` raises for an operand that has no derivative. Shapes are those of the module.
+    """
 
     results: tuple[Slot, ...]
     kept: tuple[Slot, ...]
@@ -77,6 +83,7 @@ class Batch(NamedTuple):
 
     @property
     def lanes(self) -> int:
+        """The number of trajectories."""
         return math.prod(self.sizes)
 
     def spread(self, operand: Array, levels: tuple[bool, ...]) -> Array:
