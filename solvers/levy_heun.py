@@ -13,8 +13,7 @@ The added sum is sum_{i<j} [g_i, g_j] A_ij, zero where the noise commutes.
 
 Cost:       2 evaluations of drift and diffusion, and n derivatives of the diffusion for n noise channels.
 Not for:    adaptive steps (areas of a rejected step do not bind its parts), or commuting noise (use Heun).
-Reference:  Davie, Pathwise approximation of stochastic differential equations using coupling (2014)
-    | arXiv:1001.3258
+Reference:  Pathwise approximation of stochastic differential equations using coupling (2014, Davie)
 """
 
 from typing import Any, ClassVar
@@ -27,12 +26,11 @@ from nde.solvers.brownian import SpaceSpaceLevyArea
 
 
 class LevyHeun(diffrax.AbstractStratonovichSolver):
-    """Heun with space-space Levy area: strong order 1 for general noise, 1.5 nowhere. See the
-    module.
+    """Heun with space-space Levy area: strong order 1 for general noise. See the module.
 
     Call it with `terms=MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))`, where `path` is a
-    `BrownianGrid(..., levy_area=SpaceSpaceLevyArea)` with n channels and `diffusion` returns (*y,
-    n).
+    `BrownianGrid(..., levy_area=SpaceSpaceLevyArea)` with n channels, and `diffusion` returns an
+    array of the shape of y and one more axis of length n, or a lineax operator.
 
     Raises:
         ValueError: if the path makes no space-space Levy area.

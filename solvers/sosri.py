@@ -15,7 +15,8 @@ The published estimate is O(h): it measures the drift's increment, not its error
 reproduce counts of steps made with it; the embedded one falls as h^(3/2).
 
 In code:    chi1, chi2, chi3 -> one array each, of the shape of W    a0, b0, .. -> the rows of the tableau
-Cost:       4 evaluations of drift and diffusion. c0_2 < 0 and c0_4 > 1: the drift is evaluated outside the step.
+Cost:       4 evaluations of drift and diffusion. c0_2 < 0 and c0_4 > 1: the drift is
+            evaluated outside the step.
 Not for:    noise where g_i depends on components of y other than y_i: strong order 0.5 there. Stratonovich.
 Reference:  Rackauckas and Nie, Stability-optimized high order methods and stiffness detection for
     pathwise
@@ -36,7 +37,7 @@ Row = tuple[float, ...]
 
 
 class SRITableau(NamedTuple):
-    """Coefficients of the module's equations; row i of a0, b0, a1, b1 has i entries. `delta` scales the paper's error."""
+    """Coefficients of the module's equations; row i of a0, b0, a1 and b1 has i entries, from 0."""
 
     a0: tuple[Row, ...]
     b0: tuple[Row, ...]
@@ -252,7 +253,9 @@ def _check_diagonal(field, y0, noise, name) -> None:
 
 def _combine(row: Row, values: list):
     """sum_j row[j] values[j]; None where every coefficient is zero."""
-    terms = [jax.tree.map(lambda x, a=a: a * x, v) for a, v in zip(row, values) if a != 0]  # noqa: B905 (a row may be shorter than the stages so far)
+    terms = [
+        jax.tree.map(lambda x, a=a: a * x, v) for a, v in zip(row, values, strict=True) if a != 0
+    ]
     return _plus(*terms) if terms else None
 
 

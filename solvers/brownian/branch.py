@@ -14,10 +14,10 @@ redo the rest.
 With p = 2^e (odd), the branch of p has depth - e nodes: a time with few significant bits is found
 high up.
 
-In code:    row l + 1 of `rows` -> both halves of the node at level l on the branch    row 0 -> the root, twice
-            levels(p) -> number of nodes on the branch of p    shared(p, q) -> length of the common prefix
-Lanes:      under `vmap` the loops run over the levels that any lane needs, so that the level, and with it the
-            row written, is one number for all lanes: a row is then written in place, not scattered.
+In code:    row l + 1 of `rows` -> both halves of the node at level l on the branch; row 0 -> the root
+            levels(p) -> number of nodes on the branch of p; shared(p, q) -> length of the prefix
+Lanes:      under `vmap` the loops run over the levels that any lane needs, so that the level, and
+            the row written, is one number for all lanes: a row is written in place, not scattered.
 Reference:  Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
             Single-seed generation of Brownian paths and integrals (2024) | arXiv:2405.06464
 """
@@ -71,7 +71,7 @@ class Tree(NamedTuple):
     parts: int
 
     def plant(self, rows: int, size: int, dtype) -> Branch:
-        """A branch that stands at 0 and knows the root; W ~ N(0, 1) and H ~ N(0, 1/12), of shape (size,)."""
+        """A branch that stands at 0 and knows the root, W ~ N(0, 1), H ~ N(0, 1/12), shape (size,)."""
         draws = jax.random.normal(jax.random.fold_in(self.key, 0), (self.parts * size,), dtype)
         root = jnp.concatenate([draws[:size], draws[size:] * 12**-0.5])
         start = Place(jnp.int32(0), jnp.zeros((), dtype))
@@ -79,7 +79,7 @@ class Tree(NamedTuple):
         return Branch(start, stack, jnp.int32(1))
 
     def increment(self, s: Place, t: Place, branch: Branch) -> tuple[bridge.Piece, Branch]:
-        """The stretch from s to t, s < t, and the branch that then stands on the end it stood farther from."""
+        """The stretch from s to t, s <= t, and the branch, now standing on the end it was far from."""
         zero = bridge.opaque_zero(self.key)
         cost_s, cost_t = (self._levels(p) - self._shared(branch.place, p) for p in (s, t))
         from_t = cost_t < cost_s
@@ -134,7 +134,9 @@ class Tree(NamedTuple):
                     bridge.coefficients(cut, width, self.parts),
                 ),
             )
-            halves = bridge.materialized(level >= 0, lambda: self._split(node, weights, noise, zero))
+            halves = bridge.materialized(
+                level >= 0, lambda: self._split(node, weights, noise, zero)
+            )
             here = (first <= level) & (level < last)
             # `new` from `halves`, not from the row: reading what is overwritten makes XLA copy all rows.
             new = self._half(halves, p, other, level, right_end, zero)

@@ -109,7 +109,7 @@ def split(node: Node, weights: Array, noise: Node, zero: UInt[Array, ""]) -> tup
 
 
 class Piece(NamedTuple):
-    """A stretch of path: its length h, and (W,) or (W, J), each of shape (size,). Length 0 joins as nothing."""
+    """A stretch of path: its length h, and (W,) or (W, J), of shape (size,). Length 0 is nothing."""
 
     width: Float[Array, ""]
     value: Node

@@ -206,22 +206,23 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
             draw = bridge.pinned(jax.random.normal(key, (size,), dtype), zero)
             return bridge.pinned(root * draw, zero)
 
-        def draws():
+        def draws() -> tuple[Array, ...]:
             w = scaled(jnp.sqrt(width), key)
             if self.levy_area is diffrax.BrownianIncrement:
                 return (w,)
             return w, scaled(jnp.sqrt(width / 12), salted(key, 1))
 
-        parts = bridge.materialized(n > -2, draws)  # -1 is a bad number too: NaN
+        # Cells that do not exist (NaN) have numbers too: -1, for one.
+        w, *h = bridge.materialized(n > -2, draws)
         if self.levy_area is not SpaceSpaceLevyArea:
-            return parts
-        increment = diffrax.SpaceTimeLevyArea(dt=width, W=parts[0], H=parts[1])
+            return w, *h
+        increment = diffrax.SpaceTimeLevyArea(dt=width, W=w, H=h[0])
         area = bridge.materialized(n > -2, lambda: foster_area(increment, key=salted(key, 2)))
-        return *parts, area
+        return w, *h, area
 
     @eqx.filter_jit
     def _query(self, a, b):
-        """The cells between a and b in one piece, the sign of b - a, and whether the query is off the grid."""
+        """The cells between a and b in one piece, the sign of b - a, and whether they are off the grid."""
         (first, off_first), (last, off_last) = self._nearest(a), self._nearest(b)
         dtype = vector_dtype(self.shape)
         zero = bridge.opaque_zero(self.key)
@@ -260,11 +261,10 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
 
 def _joined(first, first_width, second, second_width, zero):
     """W, (W, H) or (W, H, A) of two neighbors in one piece."""
-    pieces = (
-        bridge.piece(parts[:2], width, zero)
-        for parts, width in ((first, first_width), (second, second_width))
-    )
+    one = bridge.piece(first[:2], first_width, zero)
+    two = bridge.piece(second[:2], second_width, zero)
     areas = (
-        join_areas(x, y, first[0], second[0], zero) for x, y in zip(first[2:], second[2:], strict=True)
+        join_areas(x, y, first[0], second[0], zero)
+        for x, y in zip(first[2:], second[2:], strict=True)
     )
-    return *bridge.area(bridge.join(*pieces, zero), zero), *areas
+    return *bridge.area(bridge.join(one, two, zero), zero), *areas

@@ -95,7 +95,7 @@ def vector_size(structs: PyTree[jax.ShapeDtypeStruct]) -> int:
 
 
 def vector_dtype(structs: PyTree[jax.ShapeDtypeStruct]) -> Any:
-    """Type to draw and compute in: float64 if any leaf needs it, otherwise float32 (for half precision too)."""
+    """Type to draw and compute in: float64 if any leaf needs it, else float32, for halves too."""
     wide = any(s.dtype.itemsize == 8 for s in jax.tree.leaves(structs))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 

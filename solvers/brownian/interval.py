@@ -7,7 +7,7 @@ cumulative value W(t) - W(t0) is ever subtracted from another: in float32 that w
 relative error of eps (T/h)^(3/2).
 
     state = path.init()
-    dW, state = path.advance(t, t + h, state)        # forwards: about log2(h / leaf) draws, 4 or 5 if rounded
+    dW, state = path.advance(t, t + h, state)        # about 4 draws if h is rounded
     dW, state = path.advance(t, t + h, state)        # again, or backwards: the same bits
     dW == path.evaluate(t, t + h)                    # the state changes the cost, never the result
 
@@ -80,7 +80,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     t1: Real[Any, ""]
     tol: Real[Any, ""] | None
     shape: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
-    levy_area: type[diffrax.BrownianIncrement | diffrax.SpaceTimeLevyArea] = eqx.field(static=True)
+    levy_area: LevyArea = eqx.field(static=True)  # pyright: ignore[reportIncompatibleVariableOverride] (as checked)
     key: PRNGKeyArray
 
     def __init__(
@@ -106,8 +106,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         leaf, depth = (None if tol is None else concrete(tol)), self._known_depth()
         if (leaf is not None and not leaf > 0) or (depth is not None and depth > MAX_DEPTH):
             raise ValueError(
-                f"`tol` of {name} is {leaf} on [{start}, {stop}]; it must be positive and at least 2^-30 of "
-                "the interval. The shortest step of the solve is a good choice."
+                f"`tol` of {name} is {leaf} on [{start}, {stop}]; it must be positive and at "
+                "least 2^-30 of the interval. The shortest step of the solve is a good choice."
             )
 
     def evaluate(
@@ -229,7 +229,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         return Tree(self.key, jnp.asarray(depth, jnp.int32), parts)
 
     def _place(self, t) -> Place:
-        """Where t is; a time within rounding of a node is that node, so that nodes survive floating point."""
+        """Where t is. A time within rounding of a node is the node: nodes survive floating point."""
         t0, t1 = (jnp.asarray(x).astype(t.dtype) for x in (self.t0, self.t1))
         depth = self._tree().depth
         leaves = jnp.ldexp(jnp.ones((), t.dtype), depth)
@@ -299,5 +299,5 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
 
 def _same_leaf(p: Place, q: Place) -> Bool[Array, ""]:
-    """Whether p and q are one node, or both inside one leaf: the path does not resolve what lies between."""
+    """Whether p and q are one node, or both inside one leaf: too near to be told apart."""
     return (p.leaf == q.leaf) & ((p.fraction > 0) == (q.fraction > 0))

@@ -15,11 +15,10 @@ intervals, Chen:
     A = A_1 + A_2 + 1/2 (W_1 (x) W_2 - W_2 (x) W_1)
 
 Cost:       n (n - 1)/2 normals for n channels.
-Not for:    pathwise use at two resolutions: b is drawn afresh for every interval. Draw it on one grid and join
-            (`BrownianGrid(..., levy_area=SpaceSpaceLevyArea)` does).
-Reference:  Numerical approximations for stochastic differential equations, section 7 (2020, thesis)
-            Levy area of Brownian motion: Davie, Pathwise approximation of SDEs by coupling (2014) |
-            arXiv:1001.3258
+Not for:    pathwise use at two resolutions: b is drawn afresh for every interval. Draw it on one
+            grid and join, as `BrownianGrid(..., levy_area=SpaceSpaceLevyArea)` does.
+Reference:  Numerical approximations for stochastic differential equations (2020, Foster, thesis)
+            Pathwise approximation of stochastic differential equations using coupling (2014, Davie)
 """
 
 import diffrax

@@ -13,7 +13,7 @@ WIDTH = 0.7
 
 
 def halves_matrix(cut, width=WIDTH, split=bridge.split, weights=bridge.coefficients):
-    """P with (W_l, H_l, W_r, H_r) = P (W, H, X1, X2): the split is linear, so unit vectors give its columns."""
+    """P with (W_l, H_l, W_r, H_r) = P (W, H, X1, X2): linear, so unit vectors give columns."""
     w, h, x1, x2 = jnp.eye(4)
     table = weights(jnp.asarray(cut), jnp.asarray(width), 2)
     (w_left, h_left), (w_right, h_right) = split((w, h), table, (x1, x2), ZERO)

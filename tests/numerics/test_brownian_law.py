@@ -1,4 +1,4 @@
-"""The law of what the paths draw: distributions, moments, independence. Every test has a control that fails.
+"""The law of what the paths draw: distributions, moments, independence. Each has a control that fails.
 
 Small versions with fixed keys by default; the full sizes, with fresh keys, carry the marker `slow`.
 """
@@ -108,7 +108,7 @@ def test_a_wrong_law_is_noticed(mistake):
 
 
 def bridges(key, cut=0.3):
-    """What is left of W_l and H_l after the conditional mean given (W, H), in units of the conditional law."""
+    """W and H of the left part, then of the whole."""
     path = interval(key)
     whole = path.evaluate(0.0, 1.0, use_levy=True)
     left = path.evaluate(0.0, cut, use_levy=True)
@@ -116,7 +116,7 @@ def bridges(key, cut=0.3):
 
 
 def conditional_residuals(x, cut=0.3):
-    """Residuals of the textbook law (numerics.md 5.2), whitened: independent N(0, 1) if the bridge is right."""
+    """X1 and X2 solved from the textbook bridge: independent N(0, 1) if the bridge is right."""
     w_left, h_left, w, h = x.T
     p, q = cut, 1 - cut
     v = np.sqrt(p * q / (p**3 + q**3)) / 2

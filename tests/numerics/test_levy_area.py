@@ -39,7 +39,7 @@ def wrong_area(scale):
 
 
 WRONG = {"bridge h^2/6": wrong_area(np.sqrt(1 / 12)), "no bridge": wrong_area(0.0)}
-CDF = lambda x: 2 / np.pi * np.arctan(np.exp(np.pi * x))  # noqa: E731
+CDF = lambda x: 2 / np.pi * np.arctan(np.exp(np.pi * x))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -134,7 +134,7 @@ LEVELS = [2.0**-3, 2.0**-4, 2.0**-5, 2.0**-6]
 
 
 def squared_errors(solver, fine, paths):
-    """All levels on one grid: their W and A are joined from the cells of the reference, by Chen's relation."""
+    """All levels on one grid: W and A are joined from the cells of the reference."""
 
     def one(key):
         path = BrownianGrid(0.0, 1.0, fine, (2,), key, levy_area=SpaceSpaceLevyArea)

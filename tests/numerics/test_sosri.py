@@ -171,7 +171,7 @@ LEVELS = [2.0**-3, 2.0**-4, 2.0**-5, 2.0**-6]
 def test_global_strong_order(problem, paths, fine):
     y0 = jnp.array([1.0, 0.5])
     if problem == "geometric":
-        exact = lambda w: y0 * jnp.exp(0.5 - 0.32 + 0.8 * w)  # noqa: E731
+        exact = lambda w: y0 * jnp.exp(0.5 - 0.32 + 0.8 * w)
         squares = coupled_errors(SOSRI(), GBM, y0, LEVELS, paths, exact, fine)
     else:
         squares = coupled_errors(SOSRI(), OWN, y0, LEVELS, paths, None, fine / 2)
