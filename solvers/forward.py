@@ -35,6 +35,7 @@ class Moving(NamedTuple):
     saved_ts: tuple[Array, ...]
     saved_ys: tuple[PyTree[Array], ...]
     attempts: Array  # the same in all lanes
+    memory: PyTree[Array]  # of the noise
     extra: PyTree[Array]  # what an adjoint finds out besides, lane by lane
     tape: Tape | None
 
@@ -50,6 +51,7 @@ def run(
     """Solves in all lanes. `keep`: which states to write down for the way back; None: no tape."""
     lanes, floor = batch.lanes, end_floor(start.t1)
     attempt = batch.per_lane(traced.attempt, range(len(consts)))
+    memory, draw = traced.noise(consts, batch, start.tprev)
     refresh = batch.per_lane(traced.cache, range(len(consts)))
 
     def is_live(c: Moving) -> Array:
@@ -60,10 +62,12 @@ def run(
 
     def body(c: Moving) -> Moving:
         live = is_live(c)
+        increments, memory = draw(c.tprev, c.tnext, c.memory)
         step: Step = attempt(
             consts, c.y, c.state, c.cache, c.made_jump, c.tprev, c.tnext, start.t1, floor,
-            c.controller_state,
+            c.controller_state, increments,
         )  # fmt: skip
+        c = c._replace(memory=memory)
         accept = live & step.keep
         index = c.attempts[0] if traced.uniform else c.accepted
         if keep is not None and c.tape is not None:
@@ -84,6 +88,7 @@ def run(
         tuple(jnp.full((s.rows, lanes), jnp.inf, start.tprev.dtype) for s in traced.saves),
         tuple(_blank_rows(s, lanes) for s in traced.saves),
         zeros,
+        memory,
         (),
         None
         if keep is None

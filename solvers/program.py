@@ -5,6 +5,7 @@ functions of one lane (`hoist`) and a record of arrays to start from, and nothin
 `forward` and `replay` know no diffrax.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from nde.solvers.hoist import Hoisted, Pool
+from nde.solvers.lanes import Batch
+from nde.solvers.noise import noise_of, with_terms
 from nde.solvers.stepper import AbstractStepper
 
 
@@ -77,12 +80,24 @@ class Traced:
     """The closed functions of a solve, and what is known about it before any number is."""
 
     pool: Pool
+    memory: Hoisted | None  # t -> memory of the noise; None where no path remembers
+    draw: Hoisted | None  # (t0, t1, memory) -> (increments, memory)
     attempt: Hoisted  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Step
     advance: Hoisted  # (y, state, t0, t1, made_jump) -> (y, state, dense_info)
     cache: Hoisted  # (t, y, state) -> cache
     saves: tuple[Save, ...]
     uniform: bool  # steps are never rejected: all lanes stand at the same step
     jumps: bool  # the field may jump between steps
+    increments: PyTree[jax.ShapeDtypeStruct]  # of the remembering paths over one step
+    knowing: Callable[[PyTree], AbstractStepper]  # the stepper, told those; for tracing only
+
+    def noise(self, consts: list[Array], batch: Batch, t0: Array):
+        """A memory for every lane, and the function that draws a step's increments with it."""
+        if self.memory is None or self.draw is None:
+            return (), lambda t0, t1, memory: ((), memory)
+        draw = batch.per_lane(self.draw, range(len(consts)))
+        memory = batch.per_lane(self.memory, range(len(consts)))(consts, t0)
+        return memory, lambda t0, t1, memory: draw(consts, t0, t1, memory)
 
     def differentiable(self) -> set[int]:
         """The constants that the solution depends on, and not only its steps."""
@@ -105,12 +120,15 @@ def trace(
     uniform, jumps = _controller_habits(stepper, controller, start)
     jumps = jumps or fresh_jumps
     bit = lambda jump: jump if jumps else False
+    noise = noise_of(stepper, start.tprev, start.tnext, start.y, start.state)
+    rounds = noise is not None and not uniform and not _must_hit(controller)
+    knowing = lambda x: stepper if noise is None else with_terms(stepper, noise.known(x))
     order: Any = stepper.solver.error_order(stepper.terms)
     subs = inner_saves(saveat, init_state)
     dense = any(sub.ts is not None for sub, _ in subs)
 
-    def attempt(y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state) -> Step:
-        tried = stepper.attempt(tprev, tnext, y, state, cache, bit(made_jump))
+    def attempt(y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state, x) -> Step:
+        tried = knowing(x).attempt(tprev, tnext, y, state, cache, bit(made_jump))
         finite = _all_finite(tried.y1)
         guess, y_error = _guarded(y, tried.y1, tried.y_error, finite)
         keep, t, t_end, jumped, controller_state, result = controller.adapt_step_size(
@@ -118,6 +136,8 @@ def trace(
         )
         t = jnp.minimum(t, t1)
         t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, keep)
+        if rounds:
+            t_end = jnp.where(t_end == t1, t1, noise.round_end(t, t_end))
         solver_result = diffrax.RESULTS.where(keep, tried.result, diffrax.RESULTS.successful)
         ok = solver_result == diffrax.RESULTS.successful
         result = diffrax.RESULTS.where(ok, result, solver_result)
@@ -130,20 +150,29 @@ def trace(
             t, t_end, controller_state, result, tried.dense_info if dense else None,
         )  # fmt: skip
 
-    def advance(y, state, t0, t1, made_jump):
-        return stepper.advance(t0, t1, y, state, bit(made_jump), dense)
+    def advance(y, state, t0, t1, made_jump, x):
+        return knowing(x).advance(t0, t1, y, state, bit(made_jump), dense)
 
     tprev, tnext = start.tprev, start.tnext
+    memory, draw, increments = None, None, ()
+    if noise is not None:
+        memory = pool.hoist(lambda t: noise.init(), tprev)
+        draw = pool.hoist(noise.draw, tprev, tnext, jax.eval_shape(noise.init))
+        increments = jax.eval_shape(noise.draw, tprev, tnext, jax.eval_shape(noise.init))[0]
     hoisted_cache = pool.hoist(stepper.cache, tprev, start.y, start.state)
     cache = jax.eval_shape(stepper.cache, tprev, start.y, start.state)
     hoisted_attempt = pool.hoist(
         attempt, start.y, start.state, cache, start.made_jump, tprev, tnext, start.t1, start.t1,
-        start.controller_state,
+        start.controller_state, increments,
     )  # fmt: skip
-    hoisted_advance = pool.hoist(advance, start.y, start.state, tprev, tnext, start.made_jump)
-    info = jax.eval_shape(advance, start.y, start.state, tprev, tnext, start.made_jump)[2]
+    example = (start.y, start.state, tprev, tnext, start.made_jump, increments)
+    hoisted_advance = pool.hoist(advance, *example)
+    info = jax.eval_shape(advance, *example)[2]
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
-    return Traced(pool, hoisted_attempt, hoisted_advance, hoisted_cache, saves, uniform, jumps)
+    return Traced(
+        pool, memory, draw, hoisted_attempt, hoisted_advance, hoisted_cache, saves, uniform, jumps,
+        increments, knowing,
+    )  # fmt: skip
 
 
 def code(result: Any) -> Array:
@@ -201,6 +230,13 @@ def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
 
     jax.eval_shape(adapt, start.tprev, start.tnext, start.y, start.controller_state)
     return habits[0]
+
+
+def _must_hit(controller: diffrax.AbstractStepSizeController) -> bool:
+    """Whether the controller aims at times that its steps must meet."""
+    if not isinstance(controller, diffrax.ClipStepSizeController):
+        return False
+    return controller.step_ts is not None or controller.jump_ts is not None
 
 
 def _all_finite(y: PyTree[Array]) -> Array:

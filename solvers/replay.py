@@ -55,6 +55,7 @@ class Running(NamedTuple):
     state: PyTree[Array]
     consts: dict[int, Array]
     ts_index: tuple[Array, ...]
+    memory: PyTree[Array]  # of the noise
 
 
 def run(
@@ -84,7 +85,9 @@ def run(
             pull, k0, jnp.minimum(length, most - k0), choose(steps > k0, state, first), *carry
         )
 
-    ct = Running(pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index)
+    ct = Running(
+        pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index, pull.memory
+    )
     chunks = jnp.where(most > 0, (most - 1) // length + 1, 0)
     return jax.lax.fori_loop(0, chunks, pull_chunk, (ct, tapes.blank(first, longest)))[0]
 
@@ -98,16 +101,18 @@ def chunk(
     """
 
     def replay(j, carry):
-        state, kept = carry
+        state, kept, memory = carry
         kept = tapes.put(kept, j, state)
-        after = pull.advance(k0 + j, state)
-        return choose(k0 + j + 1 < pull.steps, after, state), kept
+        after, memory = pull.advance(k0 + j, state, memory)
+        return choose(k0 + j + 1 < pull.steps, after, state), kept, memory
 
     def step(j, ct):
         j = length - 1 - j
         return pull.step(k0 + j, tapes.get(kept, j), ct)
 
-    state, kept = jax.lax.fori_loop(0, length - 1, replay, (state, kept))
+    carry = (state, kept, ct.memory)
+    state, kept, memory = jax.lax.fori_loop(0, length - 1, replay, carry)
+    ct = ct._replace(memory=memory)
     kept = tapes.put(kept, length - 1, state)
     return jax.lax.fori_loop(0, length, step, ct), kept
 
@@ -129,6 +134,8 @@ class Pull:
         self.tape, self.steps, self.saved, self.wanted = trail.tape, trail.steps, saved_ys, wanted
         self.healthy, self.donor = trail.steps > 0, jnp.argmax(trail.steps)
         self.consts = _borrow(consts, batch, self.healthy, self.donor)
+        t0 = tapes.get(trail.tape.knots, jnp.zeros((), jnp.int32))
+        self.memory, self.draw = traced.noise(self.consts, batch, t0)
         self._advance = batch.per_lane(traced.advance, range(len(consts)))
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
@@ -146,10 +153,12 @@ class Pull:
             k = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
         return self.borrowed(tapes.times(self.tape, k))
 
-    def advance(self, k: Array, state: PyTree[Array]) -> PyTree[Array]:
+    def advance(self, k: Array, state: PyTree[Array], memory: PyTree[Array]):
+        """The state behind step k, and the memory of the noise."""
         y, inner = self.borrowed(state)
         t0, t1, jump = self.times(k)
-        return self._advance(self.consts, y, inner, t0, t1, jump)[:2]
+        increments, memory = self.draw(t0, t1, memory)
+        return self._advance(self.consts, y, inner, t0, t1, jump, increments)[:2], memory
 
     def step(self, k: Array, state: PyTree[Array], ct: Running) -> Running:
         """From the cotangents behind step k to those before it."""
@@ -157,18 +166,20 @@ class Pull:
         y, inner = self.borrowed(state)
         t0, t1, jump = self.times(k)
         moving, fixed = eqx.partition(inner, eqx.is_inexact_array)
-        ct, ct_dense = self._outputs(k, active, y, inner, t0, t1, jump, ct)
+        increments, memory = self.draw(t0, t1, ct.memory)
+        ct = ct._replace(memory=memory)
+        ct, ct_dense = self._outputs(k, active, y, inner, t0, t1, jump, increments, ct)
 
         def advance(consts, x, aux):
-            (y, moving), (fixed, t0, t1, jump) = x, aux
-            out = self.traced.advance(consts, y, eqx.combine(moving, fixed), t0, t1, jump)
+            (y, moving), (fixed, *rest) = x, aux
+            out = self.traced.advance(consts, y, eqx.combine(moving, fixed), *rest)
             y1, inner, dense = out
             return y1, _inexact(inner), dense
 
         zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
         behind = choose(active, (ct.y, ct.state), zero((ct.y, ct.state)))
         return self._pulled(
-            advance, (y, moving), (fixed, t0, t1, jump), (*behind, ct_dense), active, ct
+            advance, (y, moving), (fixed, t0, t1, jump, increments), (*behind, ct_dense), active, ct
         )
 
     def _pulled(self, fn, x, aux, ct_out, active, ct: Running) -> Running:
@@ -189,11 +200,11 @@ class Pull:
         """With zeros for the wanted constants that are missing."""
         return {i: ct_consts.get(i, jnp.zeros_like(x)) for i, x in self.wanted.items()}
 
-    def _outputs(self, k, active, y, inner, t0, t1, jump, ct: Running):
+    def _outputs(self, k, active, y, inner, t0, t1, jump, increments, ct: Running):
         """Adds the cotangents of what was saved in step k, and returns those of its dense output."""
         if all(save.at_time is None and save.at_step is None for save in self.traced.saves):
             return ct, None
-        y1, _, dense = self._advance(self.consts, y, inner, t0, t1, jump)
+        y1, _, dense = self._advance(self.consts, y, inner, t0, t1, jump, increments)
         ct_dense = jax.tree.map(jnp.zeros_like, dense)
         before = jnp.where(k == 0, -jnp.inf, tapes.get(self.tape.knots, k))
         for j, save in enumerate(self.traced.saves):

@@ -92,9 +92,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         stepper = ReversibleStepper(solver, options["terms"], options["args"])
 
         def make(traced: Traced, start: Start) -> AbstractSolve:
-            rehearsed = rewind.rehearse(
-                traced.pool, solver, stepper.terms, stepper.args, start, traced.jumps
-            )
+            rehearsed = rewind.rehearse(traced, solver, stepper.terms, stepper.args, start)
             every = self.checkpoint_every
             return _ReversedSolve(
                 traced, start, options["max_steps"], rehearsed, every, self.certify
@@ -137,11 +135,12 @@ class _ReversedSolve(AbstractSolve):
     def examine(self, consts, start, batch, out) -> dict[str, Array]:
         if not self.examines:
             return {}
-        found = certificate(self._rehearsed, consts, start, batch, out, self._every)
+        found = certificate(self.traced, self._rehearsed, consts, start, batch, out, self._every)
         return dict(zip(("drift", "split"), found, strict=True))
 
 
 def certificate(
+    traced: Traced,
     rehearsed: Rehearsed,
     consts: list[Array],
     start: Start,
@@ -160,10 +159,12 @@ def certificate(
         return mismatch(z, y)
 
     def undo(i: Array, carry):
-        (y, state), drift, split = carry
+        (y, state), drift, split, memory = carry
         k = jnp.max(steps) - 1 - i
         own = jnp.clip(jnp.broadcast_to(k, steps.shape), 0, jnp.maximum(steps - 1, 0))
-        members = retreat(consts, solver.members(y, state), *tapes.times(tape, own))
+        t0, t1, jump = tapes.times(tape, own)
+        increments, memory = draw(t0, t1, memory)
+        members = retreat(consts, solver.members(y, state), t0, t1, jump, increments)
         y, state = choose(k < steps, solver.split(members), (y, state))
         if every is None:
             here, stored = (k < steps) & (k == 0), (start.y, start.state)
@@ -171,9 +172,10 @@ def certificate(
             here, stored = (k < steps) & (k % every == 0), tapes.get(tape.states, k // every)
         drift = jnp.where(here, jnp.maximum(drift, mismatch((y, state), stored)), drift)
         split = jnp.where(here, jnp.maximum(split, gap(*stored)), split)
-        return choose(here, stored, (y, state)), drift, split
+        return choose(here, stored, (y, state)), drift, split, memory
 
     zero = jnp.zeros(steps.shape, start.tprev.dtype)
-    first = ((out.y, out.state), zero, gap(out.y, out.state))
-    _, drift, split = jax.lax.fori_loop(0, jnp.max(steps), undo, first)
+    memory, draw = traced.noise(consts, batch, start.tprev)
+    first = ((out.y, out.state), zero, gap(out.y, out.state), memory)
+    _, drift, split, _ = jax.lax.fori_loop(0, jnp.max(steps), undo, first)
     return drift, split

@@ -39,8 +39,8 @@ class Rehearsed(NamedTuple):
     """A reversible solver's steps, traced."""
 
     solver: AbstractReversibleSolver  # its structure; the arrays are in the pool
-    control: Hoisted  # (t0, t1) -> control
-    retreat: Hoisted  # (members, t0, t1, made_jump) -> members
+    control: Hoisted  # (t0, t1, increments) -> control
+    retreat: Hoisted  # (members, t0, t1, made_jump, increments) -> members
     rewind: tuple[Hoisted, ...]  # what `solver.rewind` asks for, in order
     finish: tuple[Hoisted, ...]  # what `solver.finish_rewind` asks for
 
@@ -52,33 +52,37 @@ class When(NamedTuple):
     t1: Array
     made_jump: Array
     control: PyTree[Array]
+    increments: PyTree[Array] = ()  # of the remembering paths
 
 
 def rehearse(
-    pool: Pool, solver: AbstractReversibleSolver, terms: Any, args: Any, start: Start, jumps: bool
+    traced: Traced, solver: AbstractReversibleSolver, terms: Any, args: Any, start: Start
 ) -> Rehearsed:
     """Traces what the backward loop needs, at the shapes of `start`."""
+    pool, jumps = traced.pool, traced.jumps
 
     def step_of(when: When) -> Step:
         jump = when.made_jump if jumps else False
         return Step(terms, when.t0, when.t1, args, when.control, jump)
 
-    def control(t0, t1):
-        return Step.over(terms, t0, t1, args).control
+    def control(t0, t1, increments):
+        return Step.over(traced.knowing(increments).terms, t0, t1, args).control
 
-    def retreat(members, t0, t1, made_jump):
-        return solver.retreat(step_of(When(t0, t1, made_jump, control(t0, t1))), members)[0]
+    def retreat(members, t0, t1, made_jump, increments):
+        when = When(t0, t1, made_jump, control(t0, t1, increments))
+        return solver.retreat(step_of(when), members)[0]
 
     times = (start.tprev, start.tnext)
-    when = When(*times, start.made_jump, jax.eval_shape(control, *times))
+    asks = (*times, traced.increments)
+    when = When(*times, start.made_jump, jax.eval_shape(control, *asks))
     members = solver.members(start.y, start.state)
     asked = []
     for ask in (solver.rewind, solver.finish_rewind):
         questions = _Questions(pool, step_of, when)
         jax.eval_shape(lambda m, ask=ask, q=questions: ask(q, solver.start_rewind(m, m)), members)
         asked.append(tuple(questions.asked))
-    hoisted_retreat = pool.hoist(retreat, members, *times, start.made_jump)
-    return Rehearsed(solver, pool.hoist(control, *times), hoisted_retreat, *asked)
+    hoisted_retreat = pool.hoist(retreat, members, *times, start.made_jump, traced.increments)
+    return Rehearsed(solver, pool.hoist(control, *asks), hoisted_retreat, *asked)
 
 
 class _Questions:
@@ -108,7 +112,10 @@ class _Answers:
         del fn
         hoisted, consts = next(self.asked), self.engine.consts
         return self.engine.batch.per_lane(hoisted, range(len(consts)))(
-            consts, self.step, self.following, x
+            consts,
+            self.step._replace(increments=()),
+            self.following._replace(increments=()),
+            x,
         )
 
     def pull(self, fn, x, ct):
@@ -122,7 +129,8 @@ class _Answers:
             step = step._replace(control=controls[0])
             return hoisted(consts, step, following._replace(control=controls[1]), x)
 
-        still = (self.step._replace(control=None), self.following._replace(control=None))
+        bare = lambda when: when._replace(control=None, increments=())
+        still = (bare(self.step), bare(self.following))
         if not moving:
             value, ct_consts, ct_x = engine.transpose(
                 asked, hoisted.uses, x, (*still, controls), ct
@@ -134,9 +142,8 @@ class _Answers:
         total = engine.filled(ct_consts)
         for when, ct_control in zip((self.step, self.following), ct_controls, strict=True):
             over = lambda consts, x, aux: self.control(consts, *aux)
-            _, ct_consts, _ = engine.transpose(
-                over, self.control.uses, (), (when.t0, when.t1), ct_control
-            )
+            asks = (when.t0, when.t1, when.increments)
+            _, ct_consts, _ = engine.transpose(over, self.control.uses, (), asks, ct_control)
             total = added(total, ct_consts)
         return value, total, ct_x
 
@@ -148,6 +155,7 @@ class Going(NamedTuple):
     following: When
     consts: dict[int, Array]
     ts_index: tuple[Array, ...]
+    memory: PyTree[Array]
 
 
 def run(
@@ -166,7 +174,9 @@ def run(
     pull = Pull(traced, consts, ts, batch, trail, cotangents.saved_ys, wanted)
     backward = _Backward(pull, rehearsed)
     most = jnp.max(trail.steps)
-    ct = Running(pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index)
+    ct = Running(
+        pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index, pull.memory
+    )
     if every is None:
         return jax.lax.cond(
             most > 0, lambda: backward.chunk(jnp.zeros_like(most), most, end, ct)[1], lambda: ct
@@ -218,9 +228,12 @@ class _Backward:
         self.retreat = pull.batch.per_lane(rehearsed.retreat, n)
         self.fused = all(save.is_linear for save in pull.traced.saves)
 
-    def when(self, k: Array) -> When:
+    def when(self, k: Array, memory: PyTree[Array]) -> tuple[When, PyTree[Array]]:
+        """Step k of every lane, and the memory of the noise."""
         t0, t1, jump = self.pull.times(k)
-        return When(t0, t1, jump, self.control(self.pull.consts, t0, t1))
+        increments, memory = self.pull.draw(t0, t1, memory)
+        control = self.control(self.pull.consts, t0, t1, increments)
+        return When(t0, t1, jump, control, increments), memory
 
     def chunk(self, k0: Array, length: Array, end, ct: Running):
         """The state at step k0 as the reversal finds it, and the cotangents there."""
@@ -234,7 +247,9 @@ class _Backward:
             (y, others), ct = carry
             k = k0 + length - 1 - j
             t0, t1, jump = self.pull.times(k)
-            members = self.retreat(self.pull.consts, self.solver.members(y, others), t0, t1, jump)
+            increments, memory = self.pull.draw(t0, t1, ct.memory)
+            ct, members = ct._replace(memory=memory), self.solver.members(y, others)
+            members = self.retreat(self.pull.consts, members, t0, t1, jump, increments)
             before = choose(k < self.pull.steps, self.solver.split(members), (y, others))
             return before, self.pull.step(k, before, ct)
 
@@ -244,11 +259,11 @@ class _Backward:
         solver, pull = self.solver, self.pull
         members, cts = solver.members(*end), solver.members(ct.y, ct.state)
         back = solver.start_rewind(members, cts, pull.steps.shape)
-        following = self.when(k0 + length - 1)
+        following, memory = self.when(k0 + length - 1, ct.memory)
 
         def step(j, going: Going) -> Going:
             k = k0 + length - 1 - j
-            active, when = k < pull.steps, self.when(k)
+            active, (when, memory) = k < pull.steps, self.when(k, going.memory)
             going = self._with_steps(k, active, when, going)
             hidden = going.back._replace(
                 cts=masked(active, going.back.cts), ct_first=masked(active, going.back.ct_first)
@@ -260,15 +275,16 @@ class _Backward:
                 choose(active, when, going.following),
                 added(going.consts, ct_consts or {}),
                 going.ts_index,
+                memory,
             )
 
-        going = Going(back, following, ct.consts, ct.ts_index)
+        going = Going(back, following, ct.consts, ct.ts_index, memory)
         going = jax.lax.fori_loop(0, length, step, going)
         answers = self._answers(self.rehearsed.finish, going.following, going.following)
         members, cts, ct_consts = solver.finish_rewind(answers, going.back)
         y, state = solver.split(cts)
         consts = added(going.consts, ct_consts or {})
-        return solver.split(members), Running(y, state, consts, going.ts_index)
+        return solver.split(members), Running(y, state, consts, going.ts_index, going.memory)
 
     def _answers(self, asked, step: When, following: When) -> _Answers:
         return _Answers(asked, self.pull, self.rehearsed.control, step, following)
@@ -276,7 +292,7 @@ class _Backward:
     def _with_steps(self, k, active, when: When, going: Going) -> Going:
         """Adds the cotangents of outputs saved at the end of step k."""
         y, others = self.solver.split(going.back.cts)
-        running = Running(y, others, going.consts, going.ts_index)
+        running = Running(y, others, going.consts, going.ts_index, going.memory)
         for j, save in enumerate(self.pull.traced.saves):
             if self.pull.saved[j] is not None and save.at_step is not None:
                 at = (k, active, when.t1, self.solver.split(going.back.members)[0])
