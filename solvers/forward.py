@@ -82,7 +82,8 @@ def run(
     zeros = jnp.zeros(lanes, jnp.int32)
     jump = start.made_jump if traced.jumps else None
     first = Moving(
-        start.y, start.state, refresh(consts, start.tprev, start.y, start.state), start.made_jump, start.tprev,
+        start.y, start.state, refresh(consts, start.tprev, start.y, start.state), start.made_jump,
+        start.tprev,
         start.tnext, start.controller_state, start.result, zeros, zeros, zeros,
         tuple(zeros for _ in traced.saves),
         tuple(jnp.full((s.rows, lanes), jnp.inf, start.tprev.dtype) for s in traced.saves),

@@ -8,6 +8,7 @@ A solver that asks more than once in a step (as `HalfSolver` does) asks about pa
 the path is left to answer by itself.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -58,15 +59,16 @@ class Noise(eqx.Module):
 
     def known(self, increments: PyTree[Array]) -> Terms:
         """The terms, with paths that know the increments of the step at hand."""
-        return _replaced(self.terms, [_Known(p, i) for p, i in zip(_paths(self.terms), increments)])
+        pairs = zip(_paths(self.terms), increments, strict=True)
+        return _replaced(self.terms, [_StandIn(p, lambda *_, x=x: x) for p, x in pairs])
 
     def _queries(self, t0: Array, t1: Array) -> list[tuple[BrownianInterval, Array, Array]]:
         """The paths with the times at which the terms ask them over a step."""
-        heard: list[tuple[Array, Array]] = []
-        listening = _replaced(self.terms, [_Listening(p, heard) for p in _paths(self.terms)])
+        heard: list[Any] = []
+        listening = _replaced(self.terms, [_listening(p, heard) for p in _paths(self.terms)])
         for term in jax.tree.leaves(listening, is_leaf=_is_single_term):
             term.contr(t0, t1)
-        return [(path, a, b) for path, (a, b) in zip(_paths(self.terms), heard, strict=True)]
+        return [(path, a, b) for path, (a, b, _) in zip(_paths(self.terms), heard, strict=True)]
 
 
 def with_terms(stepper: Any, terms: Terms) -> Any:
@@ -79,66 +81,43 @@ def noise_of(stepper: Any, t0: Array, t1: Array, y: PyTree, state: PyTree) -> No
     paths = _paths(stepper.terms)
     if not paths:
         return None
-    heard = [[] for _ in paths]
-    listening = [_Listening(p, times, levy=True) for p, times in zip(paths, heard, strict=True)]
+    heard: list[list[Any]] = [[] for _ in paths]
+    listening = [_listening(path, times) for path, times in zip(paths, heard, strict=True)]
     listener = with_terms(stepper, _replaced(stepper.terms, listening))
     cache = jax.eval_shape(stepper.cache, t0, y, state)
-    for times in heard:
-        times.clear()
     jax.eval_shape(
         lambda t0, t1, y, state, cache: listener.attempt(t0, t1, y, state, cache, False)[:2],
         t0, t1, y, state, cache,
     )  # fmt: skip
     if any(len(asked) != 1 for asked in heard):
         return None
-    return Noise(stepper.terms, tuple(asked[0] for asked in heard))
+    return Noise(stepper.terms, tuple(asked[0][2] for asked in heard))
 
 
-class _Listening(diffrax.AbstractBrownianPath):
-    """Writes down when it is asked (or whether for Levy area)."""
+class _StandIn(diffrax.AbstractBrownianPath):
+    """Takes the place of a path for one step."""
 
-    path: BrownianInterval
-    heard: list = eqx.field(static=True)
-    levy: bool = eqx.field(static=True, default=False)
+    t0: Any
+    t1: Any
+    levy_area: Any = eqx.field(static=True)
+    answer: Callable[[Any, Any, bool], PyTree[Array]] = eqx.field(static=True)
 
-    @property
-    def t0(self):
-        return self.path.t0
-
-    @property
-    def t1(self):
-        return self.path.t1
-
-    @property
-    def levy_area(self):
-        return self.path.levy_area
+    def __init__(self, path: BrownianInterval, answer: Callable[[Any, Any, bool], PyTree[Array]]):
+        self.t0, self.t1, self.levy_area, self.answer = path.t0, path.t1, path.levy_area, answer
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
-        self.heard.append(use_levy if self.levy else (t0, t1))
-        answer = jax.eval_shape(lambda: self.path.evaluate(t0, t1, left, use_levy))
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), answer)
+        return self.answer(t0, t1, use_levy)
 
 
-class _Known(diffrax.AbstractBrownianPath):
-    """Knows the increment over one step, whatever the times."""
+def _listening(path: BrownianInterval, heard: list[Any]) -> _StandIn:
+    """Writes down what it is asked, and answers with zeros."""
 
-    path: BrownianInterval
-    increment: PyTree[Array]
+    def answer(t0, t1, use_levy):
+        heard.append((t0, t1, use_levy))
+        increment = jax.eval_shape(lambda: path.evaluate(t0, t1, use_levy=use_levy))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), increment)
 
-    @property
-    def t0(self):
-        return self.path.t0
-
-    @property
-    def t1(self):
-        return self.path.t1
-
-    @property
-    def levy_area(self):
-        return self.path.levy_area
-
-    def evaluate(self, t0, t1=None, left=True, use_levy=False):
-        return self.increment
+    return _StandIn(path, answer)
 
 
 def _is_path(x: Any) -> bool:
@@ -153,6 +132,6 @@ def _paths(terms: Terms) -> list[BrownianInterval]:
     return [x for x in jax.tree.leaves(terms, is_leaf=_is_path) if _is_path(x)]
 
 
-def _replaced(terms: Terms, paths: list[diffrax.AbstractBrownianPath]) -> Terms:
+def _replaced(terms: Terms, paths: Sequence[diffrax.AbstractBrownianPath]) -> Terms:
     new = iter(paths)
     return jax.tree.map(lambda x: next(new) if _is_path(x) else x, terms, is_leaf=_is_path)

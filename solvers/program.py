@@ -121,7 +121,7 @@ def trace(
     jumps = jumps or fresh_jumps
     bit = lambda jump: jump if jumps else False
     noise = noise_of(stepper, start.tprev, start.tnext, start.y, start.state)
-    rounds = noise is not None and not uniform and not _must_hit(controller)
+    free = not uniform and not _must_hit(controller)
     knowing = lambda x: stepper if noise is None else with_terms(stepper, noise.known(x))
     order: Any = stepper.solver.error_order(stepper.terms)
     subs = inner_saves(saveat, init_state)
@@ -136,7 +136,7 @@ def trace(
         )
         t = jnp.minimum(t, t1)
         t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, keep)
-        if rounds:
+        if noise is not None and free:
             t_end = jnp.where(t_end == t1, t1, noise.round_end(t, t_end))
         solver_result = diffrax.RESULTS.where(keep, tried.result, diffrax.RESULTS.successful)
         ok = solver_result == diffrax.RESULTS.successful
