@@ -9,19 +9,26 @@ if __name__ != "nde.solvers":
         "not be recognised by the first. Install the project with `pip install -e .`."
     )
 
+from nde.solvers.brownian import BrownianGrid, BrownianInterval
 from nde.solvers.discrete_adjoint import DiscreteAdjoint
 from nde.solvers.ees import EES25, EES27
 from nde.solvers.leapfrog import AsynchronousLeapfrog
+from nde.solvers.levy_heun import LevyHeun
 from nde.solvers.mccallum_foster import Reversible
 from nde.solvers.reversible_adjoint import ReversibleAdjoint
 from nde.solvers.reversible_heun import ReversibleHeun
+from nde.solvers.sosri import SOSRI
 from nde.solvers.symplectic import StormerVerlet, Yoshida4
 
 __all__ = [
+    "SOSRI",
     "AsynchronousLeapfrog",
+    "BrownianGrid",
+    "BrownianInterval",
     "DiscreteAdjoint",
     "EES25",
     "EES27",
+    "LevyHeun",
     "Reversible",
     "ReversibleAdjoint",
     "ReversibleHeun",
