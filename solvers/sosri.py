@@ -252,9 +252,9 @@ def _check_diagonal(field, y0, noise, name) -> None:
 
 
 def _combine(row: Row, values: list):
-    """sum_j row[j] values[j]; None where every coefficient is zero."""
+    """sum_j row[j] values[j] over the entries of the row; None where all of them are zero."""
     terms = [
-        jax.tree.map(lambda x, a=a: a * x, v) for a, v in zip(row, values, strict=True) if a != 0
+        jax.tree.map(lambda x, a=a: a * x, v) for a, v in zip(row, values, strict=False) if a != 0
     ]
     return _plus(*terms) if terms else None
 

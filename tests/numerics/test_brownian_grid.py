@@ -88,7 +88,7 @@ def test_a_shorter_last_cell_has_its_own_variance():
 
 
 def test_rounding_does_not_open_a_sliver_of_a_cell_at_the_end():
-    for cells in (3, 7, 10, 49, 1000):
+    for cells in (3, 49, 1000):
         path = BrownianGrid(0.0, 1.0, 1 / cells, (), KEY)
         assert bool(jnp.isnan(path.cell(cells))) and not bool(jnp.isnan(path.cell(cells - 1)))
         last = np.sqrt(1 / cells) * jax.random.normal(jax.random.fold_in(KEY, cells - 1), ())
@@ -193,8 +193,12 @@ def test_diffrax_solvers_take_the_increments_of_the_cells(solver):
     np.testing.assert_allclose(y1, expected, rtol=1e-12)
 
 
-ADJOINTS = [diffrax.RecursiveCheckpointAdjoint(), diffrax.DirectAdjoint(), diffrax.BacksolveAdjoint(),
-            diffrax.ForwardMode()]  # fmt: skip
+ADJOINTS = [
+    diffrax.RecursiveCheckpointAdjoint(),
+    diffrax.BacksolveAdjoint(),
+    pytest.param(diffrax.DirectAdjoint(), marks=pytest.mark.slow),
+    pytest.param(diffrax.ForwardMode(), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)

@@ -330,8 +330,12 @@ def test_pytrees_have_the_shapes_and_types_of_diffrax():
     np.testing.assert_array_equal(values["b"], flat[6].astype(jnp.float16))
 
 
-ADJOINTS = [diffrax.RecursiveCheckpointAdjoint(), diffrax.DirectAdjoint(), diffrax.BacksolveAdjoint(),
-            diffrax.ForwardMode()]  # fmt: skip
+ADJOINTS = [
+    diffrax.RecursiveCheckpointAdjoint(),
+    diffrax.BacksolveAdjoint(),
+    pytest.param(diffrax.DirectAdjoint(), marks=pytest.mark.slow),
+    pytest.param(diffrax.ForwardMode(), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
