@@ -272,8 +272,10 @@ def finish_rewind(
 
 
 def total(*weighted: tuple[float, PyTree]) -> PyTree:
-    """The sum of w x over the pairs (w, x), leaving out w = 0 and x = None."""
+    """The sum of w x over the pairs (w, x), leaving out w = 0 and x = None; zeros if all are zero."""
     terms = [(w, x) for w, x in weighted if w != 0.0 and x is not None]
+    if not terms:
+        return jax.tree.map(jnp.zeros_like, next(x for _, x in weighted if x is not None))
     scaled = [x if w == 1.0 else jax.tree.map(lambda leaf, w=w: w * leaf, x) for w, x in terms]
     out = scaled[0]
     for x in scaled[1:]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import Array, PyTree
 from problems import PROBLEMS, terms
@@ -381,3 +382,12 @@ def test_constant_weights_cost_nothing():
     x = jnp.ones(3)
     jaxpr = jax.make_jaxpr(lambda x: Coupling(0, 1).forward((x, x), x))(x)
     assert [str(eqn.primitive) for eqn in jaxpr.eqns] == ["add"]
+
+
+def test_an_undamped_coupling_has_no_gap():
+    """coupling=1: all weights of the gap are zero, and outputs between steps still work."""
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: -y), Reversible(diffrax.Bosh3(), coupling=1.0), 0.0, 1.0,
+        0.1, jnp.array([1.0]), saveat=diffrax.SaveAt(ts=[0.55, 1.0]),
+    )  # fmt: skip
+    np.testing.assert_allclose(sol.ys[:, 0], np.exp([-0.55, -1.0]), atol=1e-4)
