@@ -5,13 +5,12 @@ shapes, types and options show (an exception while tracing), and what only the n
 run time if `throw=True`, else a result code in that lane; either way the lane takes no step).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from nde.solvers.program import Start, code
@@ -47,22 +46,28 @@ def check_max_steps(max_steps: int | None) -> None:
 
 def check_tolerances(controller: diffrax.AbstractStepSizeController, y0: PyTree[Array]) -> None:
     """Tolerances that are plain numbers, against what the dtype of the state can resolve."""
-    if not isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
-        return
-    tolerances = {"rtol": controller.rtol, "atol": controller.atol}
-    known = {k: float(v) for k, v in tolerances.items() if isinstance(v, (int, float, np.ndarray))}
+    is_adaptive = lambda x: isinstance(x, diffrax.AbstractAdaptiveStepSizeController)
+    for inner in jax.tree.leaves(controller, is_leaf=is_adaptive):  # it may be wrapped
+        if is_adaptive(inner):
+            _check_tolerances({"rtol": inner.rtol, "atol": inner.atol}, y0)
+
+
+def _check_tolerances(tolerances: dict[str, Any], y0: PyTree[Array]) -> None:
+    known = {name: x for name, x in tolerances.items() if isinstance(x, (int, float))}
     for name, value in known.items():
         if not value >= 0:
             raise ValueError(
                 f"`{name}` is {value}; a tolerance must be positive, for example 1e-6."
             )
-    if len(known) == 2 and max(known.values()) == 0:
+    if len(known) < 2:
+        return
+    if max(known.values()) == 0:
         raise ValueError(
             "`rtol` and `atol` are both 0, which no step can meet; at least one must be positive, for "
             "example `PIDController(rtol=1e-6, atol=1e-9)`."
         )
     eps = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(y0)), default=0.0)
-    if known.get("rtol", 1.0) < eps and known.get("atol", 1.0) < eps:
+    if max(known.values()) < eps:
         raise ValueError(
             f"`rtol` is {known['rtol']:.1e}, below what the state can resolve: the smallest usable value "
             f'is {10 * eps:.1e}. For tighter ones use float64: `jax.config.update("jax_enable_x64", True)`.'
@@ -71,78 +76,96 @@ def check_tolerances(controller: diffrax.AbstractStepSizeController, y0: PyTree[
 
 def check_vector_field(
     terms: PyTree[diffrax.AbstractTerm], t0: Array, y0: PyTree[Array], args: Any
-):
-    """The field of an ODE must return what the state is made of."""
-    term = getattr(terms, "term", None)  # diffrax wraps what it was given
-    if not isinstance(term, diffrax.ODETerm):
-        return
-    field = term.vector_field
-    try:
-        out = eqx.filter_eval_shape(field, t0, y0, args)
-    except (TypeError, ValueError):
-        raise  # the user's own error is the clearest
-    if jax.tree.structure(out) != jax.tree.structure(y0):
+) -> None:
+    """The field of an ODE, or the drift of an SDE, must return what the state is made of."""
+    parts = terms.terms if isinstance(terms, diffrax.MultiTerm) else [terms]
+    for part in parts:
+        term = getattr(part, "term", None)  # diffrax wraps what it was given
+        if isinstance(term, diffrax.ODETerm):
+            _check_derivative(eqx.filter_eval_shape(term.vector_field, t0, y0, args), y0)
+
+
+def _check_derivative(dy: PyTree, y: PyTree[Array]) -> None:
+    if jax.tree.structure(dy) != jax.tree.structure(y):
         raise ValueError(
-            f"`vector_field` returned the structure {jax.tree.structure(out)} for a state of structure "
-            f"{jax.tree.structure(y0)}. Return one derivative for each part of `y`."
+            f"`vector_field` returned the structure {jax.tree.structure(dy)} for a state of structure "
+            f"{jax.tree.structure(y)}. Return one derivative for each part of `y`."
         )
-    for dy, y in zip(jax.tree.leaves(out), jax.tree.leaves(y0), strict=True):
-        if jnp.shape(dy) != jnp.shape(y):
+    for (path, a), b in zip(jax.tree.leaves_with_path(dy), jax.tree.leaves(y), strict=True):
+        leaf = f"`vector_field(t, y, args){jax.tree_util.keystr(path)}`"
+        if jnp.shape(a) != jnp.shape(b):
             raise ValueError(
-                f"`vector_field` returned shape {jnp.shape(dy)} for a state of shape {jnp.shape(y)}. "
+                f"{leaf} has shape {jnp.shape(a)}, but the state there has shape {jnp.shape(b)}. "
                 "Return an array of the shape of `y`."
             )
-        if not jnp.issubdtype(jnp.result_type(dy), jnp.floating):
+        if not jnp.issubdtype(jnp.result_type(a), jnp.inexact):
             raise ValueError(
-                f"`vector_field` returned dtype {jnp.result_type(dy)}; a derivative must be floating "
-                "point. Write 1.0 instead of 1, or use `.astype(y.dtype)`."
+                f"{leaf} has dtype {jnp.result_type(a)}; a derivative must be floating point. "
+                "Write 1.0 instead of 1, or use `.astype(y.dtype)`."
             )
 
 
-_MESSAGES = (
-    "`t0` or `t1` is not finite (nan or inf). Give a finite end; to run to a steady state use "
-    "`diffrax.Event(diffrax.steady_state_event())` with a large finite `t1`.",
-    "`dt0` is nan or inf; it must be finite. Pass a number, or `dt0=None` with an adaptive controller.",
-    "`dt0` is zero: no step would ever be taken. Pass a positive number (negative if t1 < t0), or "
-    "`dt0=None` with an adaptive controller.",
-    "`dt0` is too small for the precision of the time: `t0 + dt0 == t0`. The smallest usable step is "
-    "about eps * |t0|. Use a larger `dt0`, float64 times, or shift the time so that t0 is near 0.",
-    "`SaveAt(ts=...)` contains nan; every index of `ts` must hold a finite time.",
-    "`y0` is not finite: it contains nan or inf. Look for the leaf with "
-    "`jax.tree.map(lambda x: jnp.isfinite(x).all(), y0)`.",
-)
+class _Fault(NamedTuple):
+    """Something that may be wrong with the numbers of one lane."""
+
+    holds: Array
+    result: Any  # what stands in `sol.result` if `throw=False`
+    message: str
 
 
-def diagnose_start(start: Start, dt0: Array | None) -> Array:
-    """0 if one lane may start, else 1 + the index of a message."""
+def _faults(start: Start, dt0: Array | None) -> list[_Fault]:
+    """The first that holds is reported."""
     t0, t1, tnext = start.tprev, start.t1, start.tnext
-    bad_dt0 = jnp.array(False) if dt0 is None else ~jnp.isfinite(dt0)
-    zero = jnp.array(False) if dt0 is None else dt0 == 0
-    nan_ts = jnp.array(False)
-    for ts in start.ts:
-        if ts is not None:
-            nan_ts |= jnp.any(jnp.isnan(ts))
-    finite_y = jnp.array(True)
-    for leaf in jax.tree.leaves(start.y):
-        finite_y &= jnp.all(jnp.isfinite(leaf))
-    faults = (
-        ~(jnp.isfinite(t0) & jnp.isfinite(t1)),
-        bad_dt0 | ~jnp.isfinite(tnext),
-        zero,
-        (tnext <= t0) & (t0 < t1),
-        nan_ts,
-        ~finite_y,
-    )
-    fault = jnp.array(0)
-    for i, is_fault in reversed(list(enumerate(faults))):
-        fault = jnp.where(is_fault, i + 1, fault)
-    return fault
+    some = lambda test, tree: jnp.any(jnp.stack([jnp.any(test(x)) for x in tree]))
+    infinite, too_small = diffrax.RESULTS.nonfinite, diffrax.RESULTS.dt_min_reached
+    return [
+        _Fault(
+            ~(jnp.isfinite(t0) & jnp.isfinite(t1)),
+            infinite,
+            "`t0` or `t1` is not finite (nan or inf). Give a finite end; to run to a steady state use "
+            "`event=diffrax.Event(diffrax.steady_state_event())` with a large finite `t1`.",
+        ),
+        _Fault(
+            some(lambda x: ~jnp.isfinite(x), [t0, *jax.tree.leaves(start.y)]),
+            infinite,
+            "`y0` is not finite: it contains nan or inf. Look for the leaf with "
+            "`jax.tree.map(lambda x: jnp.isfinite(x).all(), y0)`.",
+        ),
+        _Fault(
+            some(jnp.isnan, [t0, *start.ts]),
+            infinite,
+            "`SaveAt(ts=...)` contains nan; every index of `ts` must hold a finite time. Look for it "
+            "with `jnp.isnan(ts)`.",
+        ),
+        _Fault(
+            ~jnp.isfinite(tnext if dt0 is None else dt0),
+            infinite,
+            "`dt0` is nan or inf; it must be finite. Pass a number, or `dt0=None` with an adaptive "
+            "controller.",
+        ),
+        _Fault(
+            jnp.array(False) if dt0 is None else (dt0 == 0) & (t0 < t1),
+            too_small,
+            "`dt0` is zero: no step would ever be taken. Pass a positive number (negative if "
+            "`t1 < t0`), or `dt0=None` with an adaptive controller.",
+        ),
+        _Fault(
+            (tnext <= t0) & (t0 < t1),
+            too_small,
+            "`dt0` is too small for the precision of the time: `t0 + dt0 == t0`. The smallest usable "
+            "step is about eps * |t0|. Use a larger `dt0`, float64 times, or shift the time so that "
+            "`t0` is near 0.",
+        ),
+    ]
 
 
-def apply(start: Start, fault: Array, throw: bool) -> Start:
+def stop_bad_start(start: Start, dt0: Array | None, throw: bool) -> Start:
     """Stops a solve that cannot start: an error if `throw`, else a result code."""
+    faults = _faults(start, dt0)
+    holds = jnp.stack([fault.holds for fault in faults])
+    is_bad, first = jnp.any(holds), jnp.argmax(holds)
     if throw:
-        t1 = eqx.branched_error_if(start.t1, fault > 0, jnp.maximum(fault - 1, 0), list(_MESSAGES))
-        start = start._replace(t1=t1)
-    bad_input = code(diffrax.RESULTS.nonfinite_input)
-    return start._replace(result=jnp.where(fault > 0, bad_input, start.result))
+        messages = [fault.message for fault in faults]
+        start = start._replace(t1=eqx.branched_error_if(start.t1, is_bad, first, messages))
+    codes = jnp.stack([code(fault.result) for fault in faults])
+    return start._replace(result=jnp.where(is_bad, codes[first], start.result))

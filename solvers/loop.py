@@ -49,7 +49,7 @@ def run(
     t0, t1, args = options["t0"], options["t1"], options["args"]
     checks.check_options(name, options["max_steps"], saveat, init_state.y)
     start = begin(stepper, saveat, t1, init_state)
-    start = checks.apply(start, checks.diagnose_start(start, dt0), options["throw"])
+    start = checks.stop_bad_start(start, dt0, options["throw"])
     fresh_jumps = init_state.made_jump is not False
     controller = options["stepsize_controller"]
     traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps)
