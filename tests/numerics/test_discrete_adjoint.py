@@ -112,7 +112,7 @@ def both(fn, *args):
 IMPLICIT = {
     "Kvaerno5": dfx.Kvaerno5(),
     "KenCarp3": dfx.KenCarp3(),
-    "ImplicitEuler": dfx.ImplicitEuler(dfx.VeryChord(rtol=1e-12, atol=1e-12, norm=optx.rms_norm)),
+    "ImplicitEuler": dfx.ImplicitEuler(dfx.VeryChord(rtol=1e-10, atol=1e-10, norm=optx.rms_norm)),
 }
 
 
