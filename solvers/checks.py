@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from nde.solvers.brownian import BrownianGrid
 from nde.solvers.program import Start, code
 
 
@@ -71,6 +72,19 @@ def _check_tolerances(tolerances: dict[str, Any], y0: PyTree[Array]) -> None:
         raise ValueError(
             f"`rtol` is {known['rtol']:.1e}, below what the state can resolve: the smallest usable value "
             f'is {10 * eps:.1e}. For tighter ones use float64: `jax.config.update("jax_enable_x64", True)`.'
+        )
+
+
+def check_noise(
+    terms: PyTree[diffrax.AbstractTerm], controller: diffrax.AbstractStepSizeController
+) -> None:
+    """Noise that stands on a grid cannot follow steps that leave it."""
+    is_grid = lambda x: isinstance(x, BrownianGrid)
+    on_grid = any(is_grid(x) for x in jax.tree.leaves(terms, is_leaf=is_grid))
+    if on_grid and isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
+        raise ValueError(
+            f"`BrownianGrid` with `stepsize_controller={type(controller).__name__}(...)`: adaptive steps "
+            "leave the grid. Use `BrownianInterval(t0, t1, shape, key)`, or `ConstantStepSize()`."
         )
 
 

@@ -25,6 +25,7 @@ def check(options: Options) -> None:
     checks.check_tolerances(options["stepsize_controller"], options["init_state"].y)
     y0 = options["init_state"].y
     checks.check_vector_field(options["terms"], options["t0"], y0, options["args"])
+    checks.check_noise(options["terms"], options["stepsize_controller"])
 
 
 def lacking(options: Options) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nde.solvers import (
+    BrownianGrid,
     BrownianInterval,
     DiscreteAdjoint,
     ReversibleAdjoint,
@@ -99,3 +100,14 @@ def test_batched_lanes_see_their_own_paths():
     alone = jnp.stack([run(key) for key in keys])
     np.testing.assert_allclose(jax.jit(jax.vmap(run))(keys), alone, rtol=1e-12)
     assert not np.allclose(alone[0], alone[1])
+
+
+def test_a_grid_refuses_steps_that_leave_it():
+    path = BrownianGrid(0.0, 1.0, 1 / 32, (2,), jax.random.key(0))
+    sigma = lambda t, y, args: lx.DiagonalLinearOperator(jnp.cos(y))
+    terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: -y), dfx.ControlTerm(sigma, path))
+    with pytest.raises(ValueError, match="BrownianGrid.*PIDController.*BrownianInterval"):
+        dfx.diffeqsolve(
+            terms, dfx.Heun(), 0.0, 1.0, 1 / 32, Y0, adjoint=DiscreteAdjoint(),
+            stepsize_controller=ADAPTIVE,
+        )  # fmt: skip
