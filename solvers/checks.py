@@ -41,6 +41,7 @@ def check_options(
 
 
 def check_max_steps(max_steps: int | None) -> None:
+    """At least one step must be allowed."""
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"`max_steps` is {max_steps}; it must be >= 1.")
 
