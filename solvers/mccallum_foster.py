@@ -33,6 +33,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Real
 
 from nde.solvers.coupling import Coupling, Step, total
+from nde.solvers.explicit_rk import needed_stages
 from nde.solvers.reversible import AbstractCoupledSolver, difference
 
 Y, Z = 0, 1
@@ -82,7 +83,7 @@ class Reversible(
 
     @property
     def evaluations_per_step(self):
-        return 2 * _needed_stages(self._tableau)
+        return 2 * needed_stages(self._tableau)
 
     def order(self, terms):
         return self.base.order(terms)
@@ -95,7 +96,7 @@ class Reversible(
 
     def couplings(self, full=False):
         tableau = self._tableau
-        needed = _needed_stages(tableau)
+        needed = needed_stages(tableau)
         count = tableau.num_stages if full else needed
 
         def there(step: Step, z: PyTree) -> list[PyTree]:
@@ -162,11 +163,6 @@ class _Interpolation(diffrax.AbstractPath):
             self.path.evaluate(t0),
             self.gap,
         )
-
-
-def _needed_stages(tableau: diffrax.ButcherTableau) -> int:
-    """How many stages the solution itself depends on (6 of the 7 of Tsit5)."""
-    return int(np.flatnonzero(tableau.b_sol)[-1]) + 1
 
 
 def _stages(
