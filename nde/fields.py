@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from nde._protocol import check_key
 
-__all__ = ["MLPField"]
+__all__ = ["MLPField", "MatrixField"]
 
 
 class MLPField(eqx.Module):
@@ -108,3 +108,36 @@ class MLPField(eqx.Module):
                 "Use jax.vmap over a batch, or make the field with another `size` or `context`."
             )
         return value
+
+
+class MatrixField(eqx.Module):
+    """A multilayer perceptron as the vector field of a controlled equation,
+    `field(t, z, args) -> (size, channels)`: an `MLPField` whose output is a matrix.
+
+    Args:
+        size: Entries of the hidden state, shape (size,).
+        channels: Channels of the control path; with its time and counts.
+        width, depth, key: As in `MLPField`.
+        options: Of `MLPField`: `time`, `context`, `activation`, `final_activation`, `scale`.
+
+    Raises:
+        ValueError: as `MLPField`.
+    """
+
+    field: MLPField
+    channels: int = eqx.field(static=True)
+
+    def __init__(
+        self, size: int, channels: int, width: int, depth: int, *, key: PRNGKeyArray, **options
+    ):
+        self.field = MLPField(size, width, depth, out_size=size * channels, key=key, **options)
+        self.channels = channels
+
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        z: Float[Array, " size"],
+        args: Float[Array, " context"] | None = None,
+    ) -> Float[Array, "size channels"]:
+        """How the state moves with each channel of the control."""
+        return self.field(t, z, args).reshape(self.field.size, self.channels)

@@ -71,6 +71,8 @@ def stages(
     """
     control = terms.contr(t0, t1)
     whole = tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
+    field = jax.jit(lambda t, y: terms.vf(t, y, args))
+    product = jax.jit(lambda t, y: terms.vf_prod(t, y, args, control))
     ks, yi, fi = [], y0, f0
     for i in range(count):
         if i > 0:
@@ -80,10 +82,10 @@ def stages(
         else:
             ti = t0
         if whole:
-            fi = terms.vf(ti, yi, args) if fi is None else fi
+            fi = field(ti, yi) if fi is None else fi
             ks.append(terms.prod(fi, control))
         else:
-            ks.append(terms.vf_prod(ti, yi, args, control))
+            ks.append(product(ti, yi))
     return ks, yi, fi
 
 

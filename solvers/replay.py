@@ -74,8 +74,18 @@ def run(
     """
     steps, slots = trail.steps, jax.tree.leaves(trail.tape.states)[0].shape[0] - 1
     pull = Pull(traced, consts, ts, batch, trail, cotangents.saved_ys, wanted)
-    first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
+    ct = Running(
+        pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index, pull.memory
+    )
     most = jnp.max(steps)
+    if longest == 1:  # every state is there
+
+        def pull_step(i: Array, ct: Running):
+            k = most - 1 - i
+            return pull.step(k, tapes.get(trail.tape.states, tapes.slot(k, slots)), ct)
+
+        return jax.lax.fori_loop(0, most, pull_step, ct)
+    first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
     length = tapes.stride(most, slots)
 
     def pull_chunk(i: Array, carry: tuple[Running, PyTree[Array]]):
@@ -85,9 +95,6 @@ def run(
             pull, k0, jnp.minimum(length, most - k0), choose(steps > k0, state, first), *carry
         )
 
-    ct = Running(
-        pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index, pull.memory
-    )
     chunks = jnp.where(most > 0, (most - 1) // length + 1, 0)
     return jax.lax.fori_loop(0, chunks, pull_chunk, (ct, tapes.blank(first, longest)))[0]
 
