@@ -80,7 +80,9 @@ def pad_series(series: Sequence[tuple[ArrayLike, ArrayLike]]) -> PaddedSeries:
 
 
 def cleaned(
-    ts: Float[Array, " times"], ys: Float[Array, "times channels"], length: Int[ArrayLike, ""] | None
+    ts: Float[Array, " times"],
+    ys: Float[Array, "times channels"],
+    length: Int[ArrayLike, ""] | None,
 ) -> tuple[Array, Array, Array]:
     """Check a series and take the padding out of it.
 

@@ -1,0 +1,188 @@
+r"""The neural controlled differential equation: a recurrent network in continuous time.
+
+    dz = F(z, args) dX,        z(t0) = zeta(X(t0)),        output l(z(t))
+
+driven by a path X through an irregular series, F(z) a matrix of shape (hidden, channels). The
+equation sees increments of X alone, hence the first value enters by zeta. With several layers the
+state of one drives the next,
+
+    dz_1 = F_1(z_1) dX,    dz_k = F_k(z_k) dz_{k-1},    z_k(t0) = zeta_k(z_{k-1}(t0)),
+
+all solved together, and l reads the last one.
+
+The default takes equal steps from knot to knot: no step is rejected, no lane of a batch waits for
+another. They are part of the model. See by more of them, or by adaptive ones
+(`steps_per_interval=None, solver=diffrax.Tsit5()`), whether it still does the same.
+
+In code:    F -> vector_field, zeta -> initial, l -> readout, X -> control (a path of `nde.paths`)
+Needs:      an F that is bounded, such as `nde.fields.MatrixField`; otherwise the state escapes.
+Not for:    long series with fast channels: `LogNeuralCDE` takes a step per window.
+Reference:  Neural controlled differential equations for irregular time series (2020) |
+            arXiv:2005.08926
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from nde._controlled import check_control, check_steps, initial_of, solve_cde
+from nde._protocol import AbstractODE, check_callable
+from nde.paths import AbstractControl
+
+__all__ = ["NeuralCDE"]
+
+
+class NeuralCDE(AbstractODE):
+    """One path in, one output out; `jax.vmap` over paths is the batch. See the module for the
+    equation.
+
+    Args:
+        vector_field: `vector_field(t, z, args) -> (hidden, channels)`, such as
+            `nde.fields.MatrixField`; or one per layer.
+        initial: `initial(x) -> z`, from the first value of the path, time included, shape
+            (channels,), to shape (hidden,); or one per layer.
+        readout: `readout(z) -> output`, of any shape.
+        causal: Whether to refuse paths that look ahead: for outputs along the series that must not
+            know its future.
+        steps_per_interval: Steps of equal length from each knot of the path to the next; `None`
+            leaves the steps to `stepsize_controller`, and ends one at each knot where the
+            derivative of the path jumps.
+        solver: How one step is taken, a `diffrax` solver.
+        stepsize_controller: How long a step is, a `diffrax` step-size controller.
+        adjoint: How gradients are taken.
+        dt0: First step, in the unit of the times; `None` lets the controller choose.
+        max_steps: Largest number of attempted steps of one solve, for steps that the controller
+            chooses.
+
+    Raises:
+        ValueError: for numerics that can never work, and, at a call, for a path that does not fit
+            the model.
+
+    Example:
+        >>> key_f, key_i, key_r = jax.random.split(jax.random.key(0), 3)
+        >>> field = nde.fields.MatrixField(8, 3, width=64, depth=1, key=key_f)
+        >>> initial = eqx.nn.MLP(3, 8, 64, 1, key=key_i)
+        >>> model = nde.NeuralCDE(field, initial, eqx.nn.Linear(8, 1, key=key_r))
+        >>> paths = jax.vmap(nde.paths.hermite_cubic)(ts, ys)   # (series, times), (..., 2)
+        >>> logits = jax.vmap(model)(paths)                     # (series, 1)
+    """
+
+    vector_field: Callable | Sequence[Callable]
+    initial: Callable | Sequence[Callable]
+    readout: Callable = lambda z: z
+    causal: bool = eqx.field(default=False, kw_only=True, static=True)
+    steps_per_interval: int | None = eqx.field(default=1, kw_only=True, static=True)
+    solver: diffrax.AbstractSolver = eqx.field(default=diffrax.Heun(), kw_only=True)
+
+    def __check_init__(self):
+        check_steps(self.steps_per_interval)
+        fields, initials = self._layers()
+        if len(fields) != len(initials) or not fields:
+            raise ValueError(
+                f"`vector_field` has {len(fields)} layers but `initial` has {len(initials)}; give "
+                "one of each per layer."
+            )
+        for field, initial in zip(fields, initials, strict=True):
+            check_callable("vector_field", field, "(t, z, args)")
+            check_callable("initial", initial, "(x)")
+        check_callable("readout", self.readout, "(z)")
+
+    def __call__(self, control: AbstractControl, args: PyTree[Any] = None) -> PyTree[Array]:
+        """The output at the end of the path."""
+        return self.read(self.solve(control, args=args).ys[-1], control)
+
+    def trajectory(
+        self,
+        control: AbstractControl,
+        ts: Float[Array, " times"] | None = None,
+        args: PyTree[Any] = None,
+    ) -> PyTree[Array]:
+        """The outputs at `ts`, shape (times, ...); `None`: at the observations.
+
+        In the padding of a series the last output repeats.
+        """
+        check_control(control, self.causal)
+        states = self.solve(control, control.times if ts is None else ts, args).ys
+        return jax.vmap(lambda z: self.read(z, control))(states)
+
+    def solve(
+        self,
+        control: AbstractControl,
+        ts: Float[Array, " times"] | None = None,
+        args: PyTree[Any] = None,
+        *,
+        throw: bool = True,
+    ) -> diffrax.Solution:
+        """The same solve with its `.stats` and `.result`; `.ys` are the hidden states of all
+        layers.
+
+        Args:
+            control: Path of the data, from `nde.paths`.
+            ts: Times, shape (times,), inside the path and ordered; `None`: the end alone.
+            args: Passed to the vector field.
+            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
+                was not reached.
+
+        Raises:
+            ValueError: if the path does not fit the model, or `ts` is outside the data.
+        """
+        check_control(control, self.causal)
+        z0 = self.initial_state(control.start)
+        return solve_cde(self, self._matrix(control), control, z0, ts, args, throw=throw)
+
+    def initial_state(self, x: Float[Array, " channels"]) -> Float[Array, " state"]:
+        """The hidden states of all layers at the first value of a path, `path.start`."""
+        return jnp.concatenate(self._initial_states(x))
+
+    def advance(
+        self, z: Float[Array, " state"], control: AbstractControl, args: PyTree[Any] = None
+    ) -> Float[Array, " state"]:
+        """The hidden states at the end of a path, from those at its beginning.
+
+        For a series that arrives while it is used: one call per observation, with the paths of a
+        `nde.paths.Stream`. With `steps_per_interval` and a one-step solver the states are those of
+        the whole series.
+        """
+        check_control(control, self.causal)
+        matrix = self._matrix(control)
+        return solve_cde(self, matrix, control, z, None, args, throw=True).ys[-1]
+
+    def read(self, z: Float[Array, " state"], control: AbstractControl) -> PyTree[Array]:
+        """The output of hidden states: `readout` of the last layer."""
+        return self.readout(z[z.shape[0] - self._sizes(control)[-1] :])
+
+    def _layers(self) -> tuple[tuple[Callable, ...], tuple[Callable, ...]]:
+        def several(part):
+            return tuple(part) if isinstance(part, tuple | list) else (part,)
+
+        return several(self.vector_field), several(self.initial)
+
+    def _initial_states(self, x: Float[Array, " channels"]) -> list[Float[Array, " hidden"]]:
+        states = []
+        for initial in self._layers()[1]:
+            x = initial_of(initial, x)
+            states.append(x)
+        return states
+
+    def _sizes(self, control: AbstractControl) -> list[int]:
+        return [z.shape[0] for z in eqx.filter_eval_shape(self._initial_states, control.start)]
+
+    def _matrix(self, control: AbstractControl) -> Callable:
+        """The vector field of all layers together, `matrix(t, z, args)`."""
+        fields, _ = self._layers()
+        if len(fields) == 1:
+            return fields[0]
+        ends = [sum(self._sizes(control)[: k + 1]) for k in range(len(fields))]
+
+        def matrix(t, z, args):
+            rows = []
+            for field, part in zip(fields, jnp.split(z, ends[:-1]), strict=True):
+                rows.append(field(t, part, args) @ rows[-1] if rows else field(t, part, args))
+            return jnp.concatenate(rows)
+
+        return matrix

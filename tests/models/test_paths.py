@@ -1,0 +1,312 @@
+"""Control paths beside SciPy's splines and plain loops."""
+
+import functools
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.interpolate
+
+from nde import paths
+
+RANDOM = np.random.default_rng(0)
+TIMES = np.cumsum(RANDOM.uniform(0.05, 0.3, 12))
+VALUES = RANDOM.normal(size=(12, 3))
+GAPS = VALUES.copy()
+GAPS[0, 0] = GAPS[-2:, 1] = GAPS[3:6, 1] = GAPS[1:4, 2] = np.nan
+EAGER = [paths.linear, paths.rectilinear, paths.hermite_cubic, paths.natural_cubic]
+ALL = {make.__name__: eqx.filter_jit(make) for make in EAGER}  # an eager path compiles every line
+CAUSAL = {
+    "linear": functools.partial(ALL["linear"], causal=True),
+    "rectilinear": ALL["rectilinear"],
+    "hermite_cubic": functools.partial(ALL["hermite_cubic"], causal=True),
+}
+everywhere = np.linspace(TIMES[0], TIMES[-1], 101)
+
+
+@eqx.filter_jit
+def values(path, at):
+    return jax.vmap(path.evaluate)(at)
+
+
+@eqx.filter_jit
+def slopes(path, at, left=True):
+    return jax.vmap(functools.partial(path.derivative, left=left))(at)
+
+
+def filled(ts, ys):
+    """Line between the neighbors, nearest observation at the ends: numpy.interp does just that."""
+    known = [~np.isnan(y) for y in ys.T]
+    columns = [np.interp(ts, ts[k], y[k]) for y, k in zip(ys.T, known, strict=True)]
+    return np.stack(columns, axis=1)
+
+
+def forward_filled(ys):
+    rows, last = [], np.zeros(ys.shape[1])
+    for row in ys:
+        last = np.where(np.isnan(row), last, row)
+        rows.append(last)
+    return np.stack(rows)
+
+
+def naive_linear(ts, ys):
+    return lambda t: np.stack([np.interp(t, ts, y) for y in filled(ts, ys).T], axis=-1)
+
+
+def naive_hermite(ts, ys):
+    xs = filled(ts, ys)
+    slopes = np.diff(xs, axis=0) / np.diff(ts)[:, None]
+    return scipy.interpolate.CubicHermiteSpline(ts, xs, np.concatenate([slopes[:1], slopes]))
+
+
+def naive_natural(ts, ys):
+    splines = []
+    for y, x in zip(ys.T, filled(ts, ys).T, strict=True):
+        seen = np.flatnonzero(~np.isnan(y))
+        knots = np.unique(np.r_[np.arange(seen[0]), seen, np.arange(seen[-1], len(ts))])
+        splines.append(scipy.interpolate.CubicSpline(ts[knots], x[knots], bc_type="natural"))
+    return lambda t: np.stack([spline(t) for spline in splines], axis=-1)
+
+
+@pytest.mark.parametrize("ys", [VALUES, GAPS], ids=["complete", "gaps"])
+@pytest.mark.parametrize(
+    "make, naive",
+    [
+        (ALL["linear"], naive_linear),
+        (ALL["hermite_cubic"], naive_hermite),
+        (ALL["natural_cubic"], naive_natural),
+    ],
+)
+def test_interpolates_as_the_textbook(make, naive, ys):
+    path = make(jnp.asarray(TIMES), jnp.asarray(ys))
+    assert isinstance(path, diffrax.AbstractPath)
+    found = np.asarray(values(path, jnp.asarray(everywhere)))
+    np.testing.assert_allclose(found[:, 0], everywhere, rtol=1e-14)
+    np.testing.assert_allclose(found[:, 1:], naive(TIMES, ys)(everywhere), atol=1e-12)
+
+
+def test_rectilinear_moves_time_first_and_then_the_values():
+    path = ALL["rectilinear"](jnp.asarray(TIMES), jnp.asarray(GAPS), counts=True)
+    held = forward_filled(GAPS)
+    counts = np.cumsum(~np.isnan(GAPS), axis=0)
+    rows = [np.r_[TIMES[0], held[0], counts[0]]]
+    for i in range(1, 12):
+        rows.append(np.r_[TIMES[i], held[i - 1], counts[i - 1]])
+        rows.append(np.r_[TIMES[i], held[i], counts[i]])
+    np.testing.assert_allclose(values(path, path.ts), np.stack(rows), atol=1e-13)
+    np.testing.assert_array_equal(path.ts[::2], TIMES)
+    np.testing.assert_array_equal(path.times, TIMES)
+
+
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+def test_the_derivative_is_that_of_the_path(make):
+    path = make(jnp.asarray(TIMES), jnp.asarray(GAPS), counts=True)
+    inside = jnp.asarray(everywhere[1:-1])
+    found = jax.vmap(path.derivative)(inside)
+    np.testing.assert_allclose(found, jax.vmap(jax.jacfwd(path.evaluate))(inside), atol=1e-9)
+    knots = path.ts[1:-1]
+    left, right = (
+        jax.vmap(lambda t, s=s: path.derivative(t, left=s))(knots) for s in (True, False)
+    )
+    assert np.allclose(left, right, atol=1e-8) == path.smooth
+
+
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+def test_increments_are_differences_and_the_path_stands_still_outside(make):
+    path = make(jnp.asarray(TIMES), jnp.asarray(VALUES))
+    a, b = jnp.asarray(0.5), jnp.asarray(1.1)
+    difference = path.evaluate(b) - path.evaluate(a)
+    np.testing.assert_allclose(path.evaluate(a, b), difference, atol=1e-13)
+    np.testing.assert_array_equal(path.evaluate(path.t1 + 1.0), path.evaluate(path.t1))
+    np.testing.assert_array_equal(path.evaluate(path.t0 - 1.0), path.evaluate(path.t0))
+    for outside in (path.t1 + 1.0, path.t0 - 1.0):
+        np.testing.assert_array_equal(path.derivative(outside), np.zeros(4))
+
+
+def test_time_and_counts_are_channels_on_request():
+    ts, ys = jnp.asarray(TIMES), jnp.asarray(GAPS)
+    plain = ALL["linear"](ts, ys, time=False)
+    full = ALL["linear"](ts, ys, counts=True)
+    at = values(full, ts)
+    np.testing.assert_allclose(at[:, 0], TIMES, rtol=1e-14)
+    np.testing.assert_allclose(at[:, 1:4], values(plain, ts), atol=1e-14)
+    np.testing.assert_allclose(at[:, 4:], np.cumsum(~np.isnan(GAPS), axis=0), rtol=1e-14)
+
+
+@eqx.filter_jit
+def gradient(make, ts, ys):
+    return jax.grad(lambda ys: make(ts, ys, jnp.asarray(12)).evaluate(jnp.asarray(1.0)).sum())(ys)
+
+
+@pytest.mark.parametrize("junk", [0.0, 1e30, np.nan, np.inf])
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+def test_padding_of_any_content_changes_nothing(make, junk):
+    plain = make(jnp.asarray(TIMES), jnp.asarray(GAPS), counts=True)
+    ts = jnp.asarray(np.append(TIMES, [junk] * 4))
+    ys = jnp.asarray(np.append(GAPS, np.full((4, 3), junk), axis=0))
+    padded = make(ts, ys, jnp.asarray(12), counts=True)
+    at = jnp.asarray(np.append(everywhere, TIMES))
+    for of in (values, slopes):
+        np.testing.assert_allclose(of(padded, at), of(plain, at), rtol=1e-12, atol=1e-12)
+    assert (padded.t0, padded.t1) == (plain.t0, plain.t1)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(padded))
+    slope = gradient(make, ts, ys)
+    np.testing.assert_array_equal(slope[12:], np.zeros((4, 3)))
+    assert np.isfinite(slope).all() and np.any(np.asarray(slope) != 0)
+
+
+@pytest.mark.parametrize("make", CAUSAL.values(), ids=CAUSAL)
+def test_a_causal_path_up_to_an_observation_does_not_know_the_future(make):
+    later = GAPS.copy()
+    later[6:] = RANDOM.normal(size=(6, 3))
+    path, other = (make(jnp.asarray(TIMES), jnp.asarray(ys)) for ys in (GAPS, later))
+    assert path.causal
+    past = jnp.linspace(TIMES[0], TIMES[5], 31)
+    np.testing.assert_array_equal(values(path, past), values(other, past))
+
+
+@pytest.mark.parametrize("name", ["linear", "hermite_cubic", "natural_cubic"])
+def test_the_other_paths_do_know_it_and_say_so(name):
+    later = GAPS.copy()
+    later[6:] = RANDOM.normal(size=(6, 3))
+    path, other = (ALL[name](jnp.asarray(TIMES), jnp.asarray(ys)) for ys in (GAPS, later))
+    assert not path.causal
+    past = jnp.linspace(TIMES[0], TIMES[5], 31)
+    found, changed = values(path, past), values(other, past)
+    assert np.abs(found - changed).max() > 1e-3
+
+
+def test_a_rectilinear_path_knows_no_value_before_its_time():
+    later = VALUES.copy()
+    later[6:] += 1.0
+    make = ALL["rectilinear"]
+    path, other = (make(jnp.asarray(TIMES), jnp.asarray(ys)) for ys in (VALUES, later))
+    before = (path.ts[:-1] + path.ts[1:])[:11] / 2  # until the values of TIMES[6] begin to move
+    np.testing.assert_array_equal(values(path, before), values(other, before))
+    after = (path.ts[11] + path.ts[12]) / 2
+    assert np.abs(path.evaluate(after) - other.evaluate(after)).max() > 0.1
+
+
+@pytest.mark.parametrize("interpolation", [paths.linear, paths.rectilinear])
+def test_a_stream_gives_the_pieces_of_the_causal_path(interpolation):
+    ts, ys = jnp.asarray(TIMES), jnp.asarray(GAPS)
+    whole = CAUSAL[interpolation.__name__](ts, ys, counts=True)
+    stream = paths.Stream(ts[0], ys[0], interpolation=interpolation, counts=True)
+    np.testing.assert_array_equal(stream.start, whole.start)
+    append = jax.jit(lambda stream, t, y: stream.append(t, y))
+    for t, y in zip(ts[1:], ys[1:], strict=True):
+        stream, piece = append(stream, t, y)
+        at = jnp.linspace(piece.t0, piece.t1, 7)
+        np.testing.assert_allclose(values(piece, at), values(whole, at), atol=1e-13)
+        assert piece.causal
+
+
+def test_series_of_unequal_length_are_padded_with_their_last_row():
+    batch = paths.pad_series([(TIMES, GAPS), (TIMES[:5], GAPS[:5]), (TIMES[2:4], VALUES[2:4])])
+    assert batch.ts.shape == (3, 12) and batch.ys.shape == (3, 12, 3)
+    np.testing.assert_array_equal(batch.lengths, [12, 5, 2])
+    np.testing.assert_array_equal(batch.mask, np.arange(12) < np.array([[12], [5], [2]]))
+    np.testing.assert_array_equal(batch.ts[1], np.append(TIMES[:5], [TIMES[4]] * 7))
+    np.testing.assert_array_equal(batch.ys[1, 5:], np.stack([GAPS[4]] * 7))
+    together = jax.jit(jax.vmap(paths.hermite_cubic))(batch.ts, batch.ys, batch.lengths)
+    alone = ALL["hermite_cubic"](jnp.asarray(TIMES[:5]), jnp.asarray(GAPS[:5]))
+    second = jax.tree.map(lambda leaf: leaf[1], together)
+    at = jnp.linspace(TIMES[0], TIMES[4], 31)
+    np.testing.assert_allclose(values(second, at), values(alone, at), atol=1e-13)
+
+
+def test_single_precision_stays_single_unless_the_values_are_double():
+    ts, ys = jnp.asarray(TIMES, dtype=jnp.float32), jnp.asarray(GAPS, dtype=jnp.float32)
+    for make in EAGER:
+        leaves = jax.tree.leaves(eqx.filter_eval_shape(make, ts, ys, counts=True))
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+        double = ys.astype(jnp.float64)
+        mixed = jax.tree.leaves(eqx.filter_eval_shape(make, ts, double, counts=True))
+        assert {leaf.dtype for leaf in mixed} == {jnp.dtype("float64")}
+
+
+def changed(array, at, value):
+    array = np.array(array)
+    array[at] = value
+    return array
+
+
+BAD = {
+    "unsorted": (changed(TIMES, 4, 0.0), VALUES, r"not in order: ts\[3\]=.*, ts\[4\]=0.0"),
+    "repeated": (changed(TIMES, 4, TIMES[3]), VALUES, r"repeats a time: ts\[3\]=.*`length`"),
+    "nan in time": (changed(TIMES, 4, np.nan), VALUES, "`ts` is nan at index 4"),
+    "channel never observed": (TIMES, changed(VALUES, np.s_[:, 1], np.nan), "channel 1"),
+    "infinite": (TIMES, changed(VALUES, (2, 0), np.inf), r"`ys` is inf at index \(2, 0\)"),
+    "empty": (TIMES[:0], VALUES[:0], "length 0; a path needs at least 2"),
+    "one observation": (TIMES[:1], VALUES[:1], "length 1; a path needs at least 2"),
+    "lengths differ": (TIMES[:5], VALUES, "5 times but `ys` has 12 rows"),
+    "a batch": (TIMES[None], VALUES[None], "jax.vmap for a batch"),
+    "no channel axis": (TIMES, VALUES[:, 0], r"ys\[:, None\] for one channel"),
+    "no channels": (TIMES, VALUES[:, :0], "no channels"),
+    "integers": (TIMES, VALUES.astype(int), "dtype int64; times and values are floating"),
+}
+
+
+@pytest.mark.parametrize("make", EAGER)
+@pytest.mark.parametrize("ts, ys, message", BAD.values(), ids=BAD)
+def test_bad_series_are_told_apart(make, ts, ys, message):
+    with pytest.raises(ValueError, match=message):
+        make(jnp.asarray(ts), jnp.asarray(ys))
+    with pytest.raises(ValueError, match=r"`series\[1\]`: .*" + message):
+        paths.pad_series([(TIMES, VALUES), (ts, ys)])
+
+
+IN_A_TRANSFORMATION = {
+    "unsorted": "must increase",
+    "repeated": "must increase",
+    "nan in time": "`ts` must be finite",
+    "channel never observed": "channel without an observation",
+    "infinite": "`ys` must be finite",
+}
+
+
+@pytest.mark.parametrize("name, message", IN_A_TRANSFORMATION.items())
+def test_bad_numbers_are_told_apart_in_a_transformation(name, message):
+    ts, ys, _ = BAD[name]
+    batch = jnp.stack([TIMES, ts]), jnp.stack([VALUES, ys])
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(jax.vmap(paths.linear)(*batch))
+
+
+@pytest.mark.parametrize("length", [0, 1, 13])
+def test_a_length_that_cannot_be(length):
+    with pytest.raises(ValueError, match=f"`length` is {length} of 12"):
+        paths.linear(jnp.asarray(TIMES), jnp.asarray(VALUES), length)
+    with pytest.raises(RuntimeError, match="`length` must be at least 2"):
+        jax.jit(paths.linear)(jnp.asarray(TIMES), jnp.asarray(VALUES), jnp.asarray(length))
+
+
+def test_what_does_not_fit_together():
+    ts, ys = jnp.asarray(TIMES), jnp.asarray(VALUES)
+    with pytest.raises(ValueError, match=r"`series\[1\]` has 2 channels but `series\[0\]` has 3"):
+        paths.pad_series([(TIMES, VALUES), (TIMES, VALUES[:, :2])])
+    with pytest.raises(ValueError, match="`series` is empty"):
+        paths.pad_series([])
+    with pytest.raises(ValueError, match=r"`series\[0\]` is not a pair"):
+        paths.pad_series([TIMES])
+    with pytest.raises(ValueError, match="natural cubic looks ahead"):
+        paths.natural_cubic(ts, ys, causal=True)
+    with pytest.raises(ValueError, match="not causal piece by piece"):
+        paths.Stream(ts[0], ys[0], interpolation=paths.hermite_cubic)
+    with pytest.raises(ValueError, match="an integer"):
+        paths.linear(ts, ys, 3.0)
+
+
+def test_a_stream_refuses_the_past_and_other_channels():
+    stream = paths.Stream(jnp.asarray(1.0), jnp.ones(2))
+    with pytest.raises(ValueError, match="`t` is 1.0 but the stream is at 1.0"):
+        stream.append(jnp.asarray(1.0), jnp.ones(2))
+    with pytest.raises(RuntimeError, match="after the last observation"):
+        jax.jit(lambda t: stream.append(t, jnp.ones(2))[0].t)(jnp.asarray(0.5))
+    with pytest.raises(ValueError, match=r"shape \(3,\) but the stream has shape \(2,\)"):
+        stream.append(jnp.asarray(2.0), jnp.ones(3))
+    with pytest.raises(ValueError, match=r"of shape \(channels,\)"):
+        paths.Stream(jnp.asarray(1.0), jnp.asarray(1.0))
