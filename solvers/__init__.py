@@ -12,6 +12,8 @@ if __name__ != "nde.solvers":
 from nde.solvers.brownian import BrownianGrid, BrownianInterval
 from nde.solvers.discrete_adjoint import DiscreteAdjoint
 from nde.solvers.ees import EES25, EES27
+from nde.solvers.estimating import WithEstimates
+from nde.solvers.heuristics import Estimates
 from nde.solvers.leapfrog import AsynchronousLeapfrog
 from nde.solvers.levy_heun import LevyHeun
 from nde.solvers.mccallum_foster import Reversible
@@ -28,10 +30,12 @@ __all__ = [
     "DiscreteAdjoint",
     "EES25",
     "EES27",
+    "Estimates",
     "LevyHeun",
     "Reversible",
     "ReversibleAdjoint",
     "ReversibleHeun",
     "StormerVerlet",
+    "WithEstimates",
     "Yoshida4",
 ]

@@ -76,6 +76,15 @@ def _check_tolerances(tolerances: dict[str, Any], y0: PyTree[Array]) -> None:
         )
 
 
+def check_estimates(solver: diffrax.AbstractSolver) -> None:
+    """Only a solver that adapts its steps has an error estimate."""
+    if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        raise ValueError(
+            f"`estimates` were asked for, but {type(solver).__name__} has no error estimate. Use a solver "
+            f"that has one, such as diffrax.Tsit5(), or diffrax.HalfSolver({type(solver).__name__}())."
+        )
+
+
 def check_noise(
     terms: PyTree[diffrax.AbstractTerm], controller: diffrax.AbstractStepSizeController
 ) -> None:

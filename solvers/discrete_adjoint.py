@@ -21,6 +21,7 @@ from nde.solvers import loop, replay
 from nde.solvers import tape as tapes
 from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving
+from nde.solvers.heuristics import Estimates
 from nde.solvers.program import Start, Traced
 from nde.solvers.stepper import stepper_for
 
@@ -39,6 +40,8 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
     Args:
         checkpoints: How many states to keep; steps beyond that are replayed once in the backward pass.
             Rounded up to a power of two, and to about the square root of `max_steps`.
+        estimates: Which error and stiffness estimates to put into `sol.stats`, as differentiable
+            numbers; None: none, at no cost.
 
     Raises:
         ValueError: for `max_steps=None`, complex states, tolerances that cannot be met, a vector field
@@ -49,6 +52,7 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
     """
 
     checkpoints: int = eqx.field(default=256, static=True)
+    estimates: Estimates | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         if self.checkpoints < 1:
@@ -56,14 +60,20 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
 
     def loop(self, **options):
         loop.check(options)
-        if loop.lacking(options) is not None:
+        lacking = loop.lacking(options)
+        if lacking is not None and self.estimates is not None:
+            raise ValueError(
+                f"`DiscreteAdjoint(estimates=...)` does not support {lacking}. Wrap the solver in "
+                "`nde.solvers.WithEstimates`, which any adjoint takes."
+            )
+        if lacking is not None:
             return diffrax.RecursiveCheckpointAdjoint().loop(**options)
         problem = [options[name] for name in ("solver", "terms", "args", "t0", "t1")]
         stepper = stepper_for(*problem, y0=options["init_state"].y)
         make = lambda traced, start: _StoredSolve(
             traced, start, options["max_steps"], self.checkpoints
         )
-        final, stats, _ = loop.run("DiscreteAdjoint", options, stepper, make)
+        final, stats, _ = loop.run("DiscreteAdjoint", options, stepper, make, self.estimates)
         return final, stats
 
 

@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers import forward, lanes
+from nde.solvers.donors import separated
 from nde.solvers.forward import Moving
+from nde.solvers.heuristics import Judged
 from nde.solvers.lanes import Batch, Slot
 from nde.solvers.program import Start, Traced, code, from_code, inner_saves, is_inner, saves
 from nde.solvers.stepper import AbstractStepper
 from nde.solvers.tape import Doubling, Every
 
-_DIFFERENTIABLE = ("y", "state", "saved_ys")
-_ROWED = ("saved_ts", "saved_ys")
+_DIFFERENTIABLE = ("y", "state", "saved_ys", "judged")
+_ROWED = ("saved_ts", "saved_ys", "judged")
 _NAMES = {"tprev": "`t0`", "t1": "`t1`", "ts": "`SaveAt(ts=...)`", "tnext": "`dt0`"}
 _CONTROLLER = "the step size controller"
 
@@ -32,6 +34,7 @@ class Cotangents(NamedTuple):
     y: PyTree[Array]
     state: PyTree[Array]  # the inexact leaves
     saved_ys: tuple[PyTree[Array] | None, ...]  # None where nothing depends on any row
+    judged: Judged | None  # likewise
 
 
 class Gradients(NamedTuple):
@@ -114,14 +117,20 @@ class AbstractSolve(abc.ABC):
     def backward(self, operands, batch: Batch, kept, cotangents, perturbed) -> list[Array]:
         """The cotangents of the perturbed operands, from those of the results (None: zero)."""
         n = len(self.traced.pool.consts)
-        consts, start = operands[:n], self._spread(operands, batch)
+        start = self._spread(operands, batch)
+        own, consts = separated(batch, operands[:n])
         kept = [_flat(x, slot, batch) for x, slot in zip(kept, self.kept, strict=True)]
         trail = jax.tree.unflatten(self._kept, kept)
-        wanted = {i: _zeros(consts[i], batch, i) for i in range(n) if perturbed[i]}
+        wanted = {i: _zeros(consts[i], own, i) for i in range(n) if perturbed[i]}
         ct = self._cotangents(cotangents, batch, start)
-        out = self.pull_back(consts, start, batch, trail, ct, wanted)
+        out = self.pull_back(consts, start, own, trail, ct, wanted)
         states = jax.tree.structure(start.state).flatten_up_to(out.state)
-        moved = [*out.consts.values()]
+        moved = []
+        for i, total in out.consts.items():
+            if own.levels[i] != batch.levels[i]:
+                flat = total.reshape((batch.lanes, *total.shape[len(batch.sizes) :]))
+                total = batch.gather(flat, batch.levels[i])
+            moved.append(total)
         for i, leaf in enumerate(jax.tree.leaves(out.y) + states, start=n):
             if perturbed[i]:
                 moved.append(batch.gather(leaf, batch.levels[i]))
@@ -157,11 +166,14 @@ class AbstractSolve(abc.ABC):
             ct = next(shown) if slot.differentiable else None
             leaves.append(None if ct is None else _flat(ct, slot, batch))
         ct = jax.tree.unflatten(jax.tree.structure(self._out), leaves)
-        saved = []
-        for rows, like in zip(ct.saved_ys, self._out.saved_ys, strict=True):
-            wide = lambda x: jnp.zeros((x.shape[0], batch.lanes, *x.shape[2:]), x.dtype)
-            saved.append(_filled(rows, jax.tree.map(wide, like)) if jax.tree.leaves(rows) else None)
-        return Cotangents(_filled(ct.y, start.y), _filled(ct.state, start.state), tuple(saved))
+        wide = lambda x: jnp.zeros((x.shape[0], batch.lanes, *x.shape[2:]), x.dtype)
+
+        def rows(ct: PyTree, like: PyTree) -> PyTree:
+            return _filled(ct, jax.tree.map(wide, like)) if jax.tree.leaves(ct) else None
+
+        saved = tuple(map(rows, ct.saved_ys, self._out.saved_ys))
+        judged = rows(ct.judged, self._out.judged)
+        return Cotangents(_filled(ct.y, start.y), _filled(ct.state, start.state), saved, judged)
 
 
 def begin(stepper: AbstractStepper, saveat: diffrax.SaveAt, t1: Array, init_state: Any) -> Start:

@@ -55,21 +55,22 @@ def stages(
     terms: diffrax.AbstractTerm,
     t0: Array,
     t1: Array,
+    control: PyTree[Array],
     y0: PyTree[Array],
     args: Any,
-    f0: PyTree[Array] | None,
     count: int,
+    f0: PyTree[Array] | None = None,
 ) -> tuple[list[PyTree[Array]], PyTree[Array], PyTree[Array] | None]:
     """The first `count` stages.
 
     Args:
+        control: the increment of the control from t0 to t1.
         f0: the vector field at (t0, y0) if it is known already, else None.
 
     Returns:
         The stages k_i, the argument y_i of the last of them, and the vector field there (None where
         only the product with the control was formed).
     """
-    control = terms.contr(t0, t1)
     whole = tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
     field = jax.jit(lambda t, y: terms.vf(t, y, args))
     product = jax.jit(lambda t, y: terms.vf_prod(t, y, args, control))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers import tape as tapes
+from nde.solvers.heuristics import Judged
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Save, Start, Step, Traced, code, end_floor
 from nde.solvers.tape import Doubling, Every, Tape
@@ -34,6 +35,7 @@ class Moving(NamedTuple):
     ts_index: tuple[Array, ...]
     saved_ts: tuple[Array, ...]
     saved_ys: tuple[PyTree[Array], ...]
+    judged: Judged | None  # the estimates of every accepted step, in rows
     attempts: Array  # the same in all lanes
     memory: PyTree[Array]  # of the noise
     extra: PyTree[Array]  # what an adjoint finds out besides, lane by lane
@@ -50,9 +52,9 @@ def run(
 ) -> Moving:
     """Solves in all lanes. `keep`: which states to write down for the way back; None: no tape."""
     lanes, floor = batch.lanes, end_floor(start.t1)
-    attempt = batch.per_lane(traced.attempt, range(len(consts)))
+    attempt = batch.per_lane(traced.attempt)
     memory, draw = traced.noise(consts, batch, start.tprev)
-    refresh = batch.per_lane(traced.cache, range(len(consts)))
+    refresh = batch.per_lane(traced.cache)
 
     def is_live(c: Moving) -> Array:
         return (c.tprev < start.t1) & (c.result == 0)
@@ -73,6 +75,10 @@ def run(
         if keep is not None and c.tape is not None:
             at = (index, accept, (c.y, c.state), c.tprev, c.tnext, c.made_jump)
             c = c._replace(tape=tapes.record(keep, c.tape, *at))
+        if traced.judged is not None:
+            row = jnp.where(accept, index, max_steps)  # past the end: not written
+            zero = jax.tree.map(jnp.zeros_like, step.judged)
+            c = c._replace(judged=tapes.put(c.judged, row, choose(accept, step.judged, zero)))
         c = _save(traced, consts, start, batch, c, step, accept)
         c = _advance(c, step, live, accept)
         if traced.jumps and jax.tree.leaves(c.cache):
@@ -88,6 +94,7 @@ def run(
         tuple(zeros for _ in traced.saves),
         tuple(jnp.full((s.rows, lanes), jnp.inf, start.tprev.dtype) for s in traced.saves),
         tuple(_blank_rows(s, lanes) for s in traced.saves),
+        jax.tree.map(lambda x: jnp.zeros((max_steps, lanes), x.dtype), traced.judged),
         zeros,
         memory,
         (),
@@ -153,10 +160,10 @@ def _save(traced, consts, start: Start, batch: Batch, c: Moving, step: Step, acc
     for j, save in enumerate(traced.saves):
         rows = (ts_index[j], saved_ts[j], saved_ys[j])
         if save.at_time is not None:
-            at_time = batch.per_lane(save.at_time, range(len(consts)))
+            at_time = batch.per_lane(save.at_time)
             rows = _save_at_times(save, at_time, consts, start.ts[j], c, step, accept, rows)
         if save.at_step is not None:
-            at_step = batch.per_lane(save.at_step, range(len(consts)))
+            at_step = batch.per_lane(save.at_step)
             rows = _save_at_step(save, at_step, consts, c, step, accept, rows)
         ts_index[j], saved_ts[j], saved_ys[j] = rows
     return c._replace(ts_index=tuple(ts_index), saved_ts=tuple(saved_ts), saved_ys=tuple(saved_ys))

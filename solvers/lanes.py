@@ -101,25 +101,30 @@ class Batch(NamedTuple):
         shared = tuple(i for i in range(self.outer, len(self.sizes)) if not levels[i])
         return jnp.sum(cotangent, axis=shared) if shared else cotangent
 
-    def per_lane(self, fn: Callable[..., PyTree], uses: Sequence[int]) -> Callable[..., PyTree]:
-        """`fn(consts, *args)` for one lane -> the same for all, `args` having a flat lane axis."""
-        return self._over(fn, uses, 0, len(self.sizes))
+    def per_lane(self, fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """`fn(consts, *args)` for one lane -> the same for all, `args` having a flat lane axis.
 
-    def _over(self, fn: Callable[..., PyTree], uses: Sequence[int], first: int, last: int):
+        `consts` are the first operands, each with the levels that it carries.
+        """
+        return self._over(fn, 0, len(self.sizes))
+
+    def _axes(self, level: int, consts: Sequence[Array]) -> list[int | None]:
+        return [0 if has[level] else None for has in self.levels[: len(consts)]]
+
+    def _over(self, fn: Callable[..., PyTree], first: int, last: int):
         sizes = self.sizes[first:last]
 
         def batched(consts: list[Array], *args: PyTree) -> PyTree:
             f = fn
             for i in reversed(range(first, last)):
-                axes = [0 if self.levels[u][i] else None for u in uses]
-                f = jax.vmap(f, in_axes=(axes,) + (0,) * len(args))
+                f = jax.vmap(f, in_axes=(self._axes(i, consts),) + (0,) * len(args))
             out = f(consts, *jax.tree.map(lambda x: x.reshape(sizes + x.shape[1:]), args))
             lanes = math.prod(sizes)
             return jax.tree.map(lambda x: x.reshape((lanes,) + x.shape[len(sizes) :]), out)
 
         return batched
 
-    def pull(self, fn: Callable[..., PyTree], uses: Sequence[int], wrt: Sequence[bool]):
+    def pull(self, fn: Callable[..., PyTree], wrt: Sequence[bool]):
         """The value and the transposed derivative of `fn` over all lanes.
 
         `fn(consts, x, aux)` is written for one lane. The result maps `(consts, x, aux, ct)` to its
@@ -127,7 +132,7 @@ class Batch(NamedTuple):
         and that of `x`.
         """
         inner_sizes = self.sizes[self.outer :]
-        inner = self._over(fn, uses, self.outer, len(self.sizes))
+        inner = self._over(fn, self.outer, len(self.sizes))
 
         def one(consts: list[Array], x: PyTree, aux: PyTree, ct: PyTree):
             chosen = [c for c, w in zip(consts, wrt, strict=True) if w]
@@ -143,8 +148,7 @@ class Batch(NamedTuple):
         def batched(consts: list[Array], x: PyTree, aux: PyTree, ct: PyTree):
             f = one
             for i in reversed(range(self.outer)):
-                axes = [0 if self.levels[u][i] else None for u in uses]
-                f = jax.vmap(f, in_axes=(axes, 0, 0, 0))
+                f = jax.vmap(f, in_axes=(self._axes(i, consts), 0, 0, 0))
             outer = self.sizes[: self.outer]
             split = outer + (math.prod(inner_sizes),)
             apart = lambda tree: jax.tree.map(lambda a: a.reshape(split + a.shape[1:]), tree)

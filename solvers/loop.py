@@ -13,6 +13,7 @@ from jaxtyping import Array
 from nde.solvers import checks
 from nde.solvers.engine import AbstractSolve, begin, finish
 from nde.solvers.forward import Moving
+from nde.solvers.heuristics import Estimates, judge_for, reduced
 from nde.solvers.program import Start, Traced, trace
 from nde.solvers.stepper import AbstractStepper
 
@@ -44,6 +45,7 @@ def run(
     options: Options,
     stepper: AbstractStepper,
     make: Callable[[Traced, Start], AbstractSolve],
+    estimates: Estimates | None,
 ) -> tuple[Any, dict[str, Array], Moving]:
     """Solves; returns diffrax's final state, the statistics, and the last state of the loop."""
     saveat, init_state, dt0 = options["saveat"], options["init_state"], options["dt0"]
@@ -53,9 +55,16 @@ def run(
     start = checks.stop_bad_start(start, dt0, options["throw"])
     fresh_jumps = init_state.made_jump is not False
     controller = options["stepsize_controller"]
-    traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps)
+    judge = None
+    if estimates is not None:
+        checks.check_estimates(options["solver"])
+        judge = judge_for(options["solver"], controller, estimates.scaled)
+    traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps, judge)
     out = make(traced, start).solve(start)
     once, each = stepper.evaluations(start.tprev, start.tnext, start.y, start.state)
     nfe = once + each * (out.accepted + out.rejected) + out.refreshed
     final = finish(stepper, saveat, args, t0, t1, init_state, traced, out)
-    return final, {"nfe": nfe}, out
+    stats = {"nfe": nfe}
+    if estimates is not None and out.judged is not None:
+        stats |= reduced(estimates, out.judged, out.accepted)
+    return final, stats, out

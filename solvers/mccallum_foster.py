@@ -29,11 +29,10 @@ from typing import Any
 import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree, Real
 
 from nde.solvers.coupling import Coupling, Step, total
-from nde.solvers.explicit_rk import needed_stages
+from nde.solvers.explicit_rk import combine, needed_stages, stages
 from nde.solvers.reversible import AbstractCoupledSolver, difference
 
 Y, Z = 0, 1
@@ -100,17 +99,19 @@ class Reversible(
         count = tableau.num_stages if full else needed
 
         def there(step: Step, z: PyTree) -> list[PyTree]:
-            return _stages(tableau, step, step.t0, step.t1, step.control, z, count)
+            at = (step.t0, step.t1, step.control, z, step.args)
+            return stages(tableau, step.terms, *at, count)[0]
 
         def back(step: Step, y: PyTree) -> list[PyTree]:
             control = jax.tree.map(lambda dX: -dX, step.control)
-            return _stages(tableau, step, step.t1, step.t0, control, y, needed)
+            at = (step.t1, step.t0, control, y, step.args)
+            return stages(tableau, step.terms, *at, needed)[0]
 
         def plus(step: Step, ks: list[PyTree]) -> PyTree:
-            return _weighted(tableau.b_sol, ks)
+            return combine(None, tableau.b_sol, ks)
 
         def minus(step: Step, ks: list[PyTree]) -> PyTree:
-            return _weighted(-tableau.b_sol, ks)
+            return combine(None, -tableau.b_sol, ks)
 
         return (
             Coupling(Y, Z, a=self.coupling, b=1.0 - self.coupling, field=there, increment=plus),
@@ -121,7 +122,7 @@ class Reversible(
         return y0, y0
 
     def error(self, records):
-        return _weighted(self._tableau.b_error, records[0].field)
+        return combine(None, self._tableau.b_error, records[0].field)
 
     def dense_info(self, step, members0, members1, records):
         y0, z0 = members0
@@ -163,29 +164,3 @@ class _Interpolation(diffrax.AbstractPath):
             self.path.evaluate(t0),
             self.gap,
         )
-
-
-def _stages(
-    tableau: diffrax.ButcherTableau,
-    step: Step,
-    start: Any,
-    end: Any,
-    control: PyTree,
-    y: PyTree,
-    count: int,
-) -> list[PyTree]:
-    """The first `count` stages of the base method from (`start`, y) to `end`, times the control."""
-    ks = [step.terms.vf_prod(start, y, step.args, control)]
-    for row, c in zip(tableau.a_lower[: count - 1], tableau.c, strict=False):
-        t = end if c == 1.0 else start + float(c) * (end - start)
-        ks.append(
-            step.terms.vf_prod(t, total((1.0, y), (1.0, _weighted(row, ks))), step.args, control)
-        )
-    return ks
-
-
-def _weighted(weights: np.ndarray, ks: list[PyTree]) -> PyTree:
-    """sum_i weights_i k_i."""
-    if not np.any(weights[: len(ks)]):
-        return jax.tree.map(jnp.zeros_like, ks[0])
-    return total(*[(float(w), k) for w, k in zip(weights, ks, strict=False)])

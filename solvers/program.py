@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from nde.solvers.heuristics import Judge, Judged
 from nde.solvers.hoist import Hoisted, Pool
 from nde.solvers.lanes import Batch
 from nde.solvers.noise import noise_of, with_terms
@@ -48,6 +49,7 @@ class Step(NamedTuple):
     controller_state: PyTree[Array]
     result: Array
     dense_info: PyTree[Array]
+    judged: Judged | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,20 +85,21 @@ class Traced:
     memory: Hoisted | None  # t -> memory of the noise; None where no path remembers
     draw: Hoisted | None  # (t0, t1, memory) -> (increments, memory)
     attempt: Hoisted  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Step
-    advance: Hoisted  # (y, state, t0, t1, made_jump) -> (y, state, dense_info)
+    advance: Hoisted  # (y, state, t0, t1, made_jump) -> (y, state, dense_info, judged)
     cache: Hoisted  # (t, y, state) -> cache
     saves: tuple[Save, ...]
     uniform: bool  # steps are never rejected: all lanes stand at the same step
     jumps: bool  # the field may jump between steps
     increments: PyTree[jax.ShapeDtypeStruct]  # of the remembering paths over one step
     knowing: Callable[[PyTree], AbstractStepper]  # the stepper, told those; for tracing only
+    judged: Judged | None  # the dtypes of a step's estimates, if there are any
 
     def noise(self, consts: list[Array], batch: Batch, t0: Array):
         """A memory for every lane, and the function that draws a step's increments with it."""
         if self.memory is None or self.draw is None:
             return (), lambda t0, t1, memory: ((), memory)
-        draw = batch.per_lane(self.draw, range(len(consts)))
-        memory = batch.per_lane(self.memory, range(len(consts)))(consts, t0)
+        draw = batch.per_lane(self.draw)
+        memory = batch.per_lane(self.memory)(consts, t0)
         return memory, lambda t0, t1, memory: draw(consts, t0, t1, memory)
 
     def differentiable(self) -> set[int]:
@@ -114,6 +117,7 @@ def trace(
     init_state: Any,
     start: Start,
     fresh_jumps: bool,
+    judge: Judge | None,
 ) -> Traced:
     """Traces a solve at the shapes of `start`."""
     pool = Pool()
@@ -148,10 +152,14 @@ def trace(
         return Step(
             jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
             t, t_end, controller_state, result, tried.dense_info if dense else None,
+            judge and judge(tprev, tnext, y, tried.y1, tried.y_error, tried.ks),
         )  # fmt: skip
 
     def advance(y, state, t0, t1, made_jump, x):
-        return knowing(x).advance(t0, t1, y, state, bit(made_jump), dense)
+        whole = dense or judge is not None
+        out = knowing(x).advance(t0, t1, y, state, bit(made_jump), whole)
+        judged = judge and judge(t0, t1, y, out.y1, out.y_error, out.ks)
+        return out.y1, out.state, out.dense_info if dense else None, judged
 
     tprev, tnext = start.tprev, start.tnext
     memory, draw, increments = None, None, ()
@@ -167,11 +175,11 @@ def trace(
     )  # fmt: skip
     example = (start.y, start.state, tprev, tnext, start.made_jump, increments)
     hoisted_advance = pool.hoist(advance, *example)
-    info = jax.eval_shape(advance, *example)[2]
+    *_, info, judged = jax.eval_shape(advance, *example)
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
     return Traced(
         pool, memory, draw, hoisted_attempt, hoisted_advance, hoisted_cache, saves, uniform, jumps,
-        increments, knowing,
+        increments, knowing, judged,
     )  # fmt: skip
 
 

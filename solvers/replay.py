@@ -9,8 +9,8 @@ With stride m between stored states and n accepted steps, chunk c holds the step
             (ct_y, ct_consts) += transposed derivative of step k              (1 F + 1 B per step)
 
 A lane with fewer steps waits until its own last step comes by. While it waits it evaluates a step of
-its own with cotangent zero. A lane that failed has no step that is safe to evaluate: it borrows the
-data of another lane, and contributes exactly nothing.
+its own with cotangent zero. A lane that failed has no step that is safe to evaluate: it borrows one
+(`donors`), and contributes exactly nothing.
 """
 
 from typing import NamedTuple, cast
@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 from nde.solvers import tape as tapes
+from nde.solvers.donors import donors
 from nde.solvers.engine import Cotangents
 from nde.solvers.forward import Moving, choose
+from nde.solvers.heuristics import Judged
 from nde.solvers.hoist import Hoisted
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Save, Traced
@@ -73,7 +75,7 @@ def run(
     `longest`: the longest chunk, known from `max_steps`.
     """
     steps, slots = trail.steps, jax.tree.leaves(trail.tape.states)[0].shape[0] - 1
-    pull = Pull(traced, consts, ts, batch, trail, cotangents.saved_ys, wanted)
+    pull = Pull(traced, consts, ts, batch, trail, cotangents, wanted)
     ct = Running(
         pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index, pull.memory
     )
@@ -134,35 +136,32 @@ class Pull:
         ts: tuple[Array, ...],
         batch: Batch,
         trail: Trail,
-        saved_ys: tuple[PyTree[Array] | None, ...],
+        cotangents: Cotangents,
         wanted: dict[int, Array],
     ):
         self.traced, self.ts, self.batch = traced, ts, batch
-        self.tape, self.steps, self.saved, self.wanted = trail.tape, trail.steps, saved_ys, wanted
-        self.healthy, self.donor = trail.steps > 0, jnp.argmax(trail.steps)
-        self.consts = _borrow(consts, batch, self.healthy, self.donor)
+        self.tape, self.steps, self.wanted = trail.tape, trail.steps, wanted
+        self.saved, self.judged = cotangents.saved_ys, cotangents.judged
+        self.donors = donors(trail.steps, batch, consts)
+        lend = self.donors.lend_const
+        self.consts = [lend(x, has, batch) for x, has in zip(consts, batch.levels, strict=False)]
         t0 = tapes.get(trail.tape.knots, jnp.zeros((), jnp.int32))
         self.memory, self.draw = traced.noise(self.consts, batch, t0)
-        self._advance = batch.per_lane(traced.advance, range(len(consts)))
+        self._advance = batch.per_lane(traced.advance)
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
         """Cotangents, without those of lanes that failed."""
         return masked(self.steps >= 0, ct)
 
-    def borrowed(self, tree: PyTree[Array]) -> PyTree[Array]:
-        """With the data of the donor in lanes that have no step to pull back."""
-        theirs = lambda x: jax.lax.dynamic_index_in_dim(x, self.donor, 0)
-        return choose(self.healthy, tree, jax.tree.map(theirs, tree))
-
     def times(self, k: Array):
         """Step k of every lane that has one, else a harmless one of its own."""
         if not self.traced.uniform:
             k = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
-        return self.borrowed(tapes.times(self.tape, k))
+        return self.donors.lend(tapes.times(self.tape, k))
 
     def advance(self, k: Array, state: PyTree[Array], memory: PyTree[Array]):
         """The state behind step k, and the memory of the noise."""
-        y, inner = self.borrowed(state)
+        y, inner = self.donors.lend(state)
         t0, t1, jump = self.times(k)
         increments, memory = self.draw(t0, t1, memory)
         return self._advance(self.consts, y, inner, t0, t1, jump, increments)[:2], memory
@@ -170,7 +169,7 @@ class Pull:
     def step(self, k: Array, state: PyTree[Array], ct: Running) -> Running:
         """From the cotangents behind step k to those before it."""
         active = k < self.steps
-        y, inner = self.borrowed(state)
+        y, inner = self.donors.lend(state)
         t0, t1, jump = self.times(k)
         moving, fixed = eqx.partition(inner, eqx.is_inexact_array)
         increments, memory = self.draw(t0, t1, ct.memory)
@@ -180,14 +179,20 @@ class Pull:
         def advance(consts, x, aux):
             (y, moving), (fixed, *rest) = x, aux
             out = self.traced.advance(consts, y, eqx.combine(moving, fixed), *rest)
-            y1, inner, dense = out
-            return y1, _inexact(inner), dense
+            y1, inner, dense, judged = out
+            return y1, _inexact(inner), dense, judged
 
         zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
         behind = choose(active, (ct.y, ct.state), zero((ct.y, ct.state)))
-        return self._pulled(
-            advance, (y, moving), (fixed, t0, t1, jump, increments), (*behind, ct_dense), active, ct
-        )
+        aux = (fixed, t0, t1, jump, increments)
+        ct_out = (*behind, ct_dense, self._judgement(k, active))
+        return self._pulled(advance, (y, moving), aux, ct_out, active, ct)
+
+    def _judgement(self, k: Array, active: Array) -> Judged | None:
+        """The cotangents of the estimates of step k."""
+        if self.judged is None:
+            return jax.tree.map(lambda x: jnp.zeros(self.steps.shape, x.dtype), self.traced.judged)
+        return masked(active, tapes.get(self.judged, k))
 
     def _pulled(self, fn, x, aux, ct_out, active, ct: Running) -> Running:
         uses = self.traced.advance.uses
@@ -199,7 +204,7 @@ class Pull:
         """The value, and the cotangents of the wanted constants (by number) and of `x`."""
         numbers = [i for i in range(len(self.consts)) if i in self.wanted and i in uses]
         wrt = [i in numbers for i in range(len(self.consts))]
-        pull = self.batch.pull(fn, range(len(self.consts)), wrt)
+        pull = self.batch.pull(fn, wrt)
         value, ct_consts, ct_x = pull(self.consts, x, aux, ct_out)
         return value, dict(zip(numbers, ct_consts, strict=True)), ct_x
 
@@ -211,7 +216,7 @@ class Pull:
         """Adds the cotangents of what was saved in step k, and returns those of its dense output."""
         if all(save.at_time is None and save.at_step is None for save in self.traced.saves):
             return ct, None
-        y1, _, dense = self._advance(self.consts, y, inner, t0, t1, jump, increments)
+        y1, _, dense, _ = self._advance(self.consts, y, inner, t0, t1, jump, increments)
         ct_dense = jax.tree.map(jnp.zeros_like, dense)
         before = jnp.where(k == 0, -jnp.inf, tapes.get(self.tape.knots, k))
         for j, save in enumerate(self.traced.saves):
@@ -276,18 +281,3 @@ def added(total: dict[int, Array], part: dict[int, Array]) -> dict[int, Array]:
 
 def masked(where: Bool[Array, " lanes"], ct: PyTree[Array]) -> PyTree[Array]:
     return choose(where, ct, jax.tree.map(jnp.zeros_like, ct))
-
-
-def _borrow(consts: list[Array], batch: Batch, healthy: Array, donor: Array) -> list[Array]:
-    """Replaces constants that only lanes without a step use by the donor's."""
-    healthy = healthy.reshape(batch.sizes)
-    place = jnp.unravel_index(donor, batch.sizes)
-    out = []
-    for const, has in zip(consts, batch.levels[: len(consts)], strict=True):
-        if any(has):
-            shared = tuple(i for i, h in enumerate(has) if not h)
-            used = jnp.any(healthy, axis=shared)
-            theirs = const[tuple(p for p, h in zip(place, has, strict=True) if h)]
-            const = choose(used, const, theirs[(None,) * used.ndim])
-        out.append(const)
-    return out

@@ -36,6 +36,7 @@ from nde.solvers import loop, replay, rewind
 from nde.solvers import tape as tapes
 from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving, choose
+from nde.solvers.heuristics import Estimates
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Start, Traced
 from nde.solvers.reversible import AbstractReversibleSolver
@@ -56,6 +57,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             reversal holds. None stores nothing: constant memory, and right only where it holds.
         certify: Whether to un-step the solve once more in the forward pass and report `drift` and
             `split`, one number per trajectory, in `sol.stats`. Both below 1e-3 is a solve to trust.
+        estimates: As for `DiscreteAdjoint`; their gradient costs one more evaluation per step.
 
     Raises:
         TypeError: for a solver that cannot be undone.
@@ -66,6 +68,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     checkpoint_every: int | None = eqx.field(default=32, static=True)
     certify: bool = eqx.field(default=False, static=True)
+    estimates: Estimates | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
@@ -98,7 +101,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 traced, start, options["max_steps"], rehearsed, every, self.certify
             )
 
-        final, stats, out = loop.run("ReversibleAdjoint", options, stepper, make)
+        final, stats, out = loop.run("ReversibleAdjoint", options, stepper, make, self.estimates)
         return final, stats | dict(out.extra)
 
 
@@ -150,7 +153,7 @@ def certificate(
 ) -> tuple[Array, Array]:
     """Drift and split of a solve, by un-stepping it from its end (or from every stored state)."""
     solver, tape, steps = rehearsed.solver, cast(tapes.Tape, out.tape), out.accepted
-    retreat = batch.per_lane(rehearsed.retreat, range(len(consts)))
+    retreat = batch.per_lane(rehearsed.retreat)
 
     def gap(y: PyTree[Array], state: PyTree[Array]) -> Array:
         if not solver.twins:

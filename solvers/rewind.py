@@ -14,8 +14,8 @@ With a state stored every K accepted steps the loop goes chunk by chunk:
         go on from the stored state
 
 so a gradient is either that of a reversal which is known to have held, or that of the stored steps.
-Where an output inside a step must be known to be pulled back (a nonlinear `SaveAt(fn=...)`), a step is
-undone first and then pulled back as a stored one would be.
+Where more of a step must be known to pull it back (a nonlinear `SaveAt(fn=...)`, its error estimate), it
+is undone first and then pulled back as a stored one would be.
 """
 
 from typing import Any, NamedTuple
@@ -110,9 +110,9 @@ class _Answers:
 
     def value(self, fn, x):
         del fn
-        hoisted, consts = next(self.asked), self.engine.consts
-        return self.engine.batch.per_lane(hoisted, range(len(consts)))(
-            consts,
+        hoisted, engine = next(self.asked), self.engine
+        return engine.batch.per_lane(hoisted)(
+            engine.consts,
             self.step._replace(increments=()),
             self.following._replace(increments=()),
             x,
@@ -171,7 +171,7 @@ def run(
     every: int | None,
 ) -> Running:
     """Pulls cotangents back to the start. `end`: the last state. `every`: steps between stored ones."""
-    pull = Pull(traced, consts, ts, batch, trail, cotangents.saved_ys, wanted)
+    pull = Pull(traced, consts, ts, batch, trail, cotangents, wanted)
     backward = _Backward(pull, rehearsed)
     most = jnp.max(trail.steps)
     ct = Running(
@@ -223,10 +223,9 @@ class _Backward:
 
     def __init__(self, pull: Pull, rehearsed: Rehearsed):
         self.pull, self.rehearsed, self.solver = pull, rehearsed, rehearsed.solver
-        n = range(len(pull.consts))
-        self.control = pull.batch.per_lane(rehearsed.control, n)
-        self.retreat = pull.batch.per_lane(rehearsed.retreat, n)
-        self.fused = all(save.is_linear for save in pull.traced.saves)
+        self.control = pull.batch.per_lane(rehearsed.control)
+        self.retreat = pull.batch.per_lane(rehearsed.retreat)
+        self.fused = all(save.is_linear for save in pull.traced.saves) and pull.judged is None
 
     def when(self, k: Array, memory: PyTree[Array]) -> tuple[When, PyTree[Array]]:
         """Step k of every lane, and the memory of the noise."""
@@ -237,7 +236,7 @@ class _Backward:
 
     def chunk(self, k0: Array, length: Array, end, ct: Running):
         """The state at step k0 as the reversal finds it, and the cotangents there."""
-        end = self.pull.borrowed(end)
+        end = self.pull.donors.lend(end)
         return (self._fused if self.fused else self._undone)(k0, length, end, ct)
 
     def _undone(self, k0, length, end, ct: Running):

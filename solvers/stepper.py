@@ -22,14 +22,26 @@ from nde.solvers.reversible import AbstractReversibleSolver, State
 
 
 class Attempt(NamedTuple):
-    """One tried step. `y_error` is None where the solver has no estimate."""
+    """One tried step. `y_error` is None where the solver has no estimate, `ks` (the stages, times the
+    length of the step) where it is not unrolled."""
 
     y1: PyTree[Array]
     y_error: PyTree[Array] | None
+    ks: list[PyTree[Array]] | None
     dense_info: PyTree[Array]
     state: PyTree[Array]
     cache: PyTree[Array]
     result: diffrax.RESULTS
+
+
+class Advance(NamedTuple):
+    """The part of a step to differentiate: what depends on it, each None where it is not asked for."""
+
+    y1: PyTree[Array]
+    state: PyTree[Array]
+    y_error: PyTree[Array] | None
+    ks: list[PyTree[Array]] | None
+    dense_info: PyTree[Array]
 
 
 class AbstractStepper(eqx.Module):
@@ -50,8 +62,8 @@ class AbstractStepper(eqx.Module):
     def attempt(self, t0, t1, y0, state, cache, made_jump) -> Attempt:
         raise NotImplementedError
 
-    def advance(self, t0, t1, y0, state, made_jump, dense: bool) -> tuple[PyTree, PyTree, PyTree]:
-        """(y1, state, dense_info), the last one None unless `dense`."""
+    def advance(self, t0, t1, y0, state, made_jump, whole: bool) -> Advance:
+        """The step without what nothing depends on; only y1 and the state unless `whole`."""
         raise NotImplementedError
 
     def final_state(self, t, y, state) -> PyTree[Array]:
@@ -86,22 +98,27 @@ class UnrolledStepper(AbstractStepper):
 
     def attempt(self, t0, t1, y0, state, cache, made_jump):
         del state, made_jump  # after a jump the loop has refreshed the cache
-        tableau = self.tableau
+        tableau, control = self.tableau, self.terms.contr(t0, t1)
         ks, y_last, f_last = explicit_rk.stages(
-            tableau, self.terms, t0, t1, y0, self.args, cache, tableau.num_stages
+            tableau, self.terms, t0, t1, control, y0, self.args, tableau.num_stages, cache
         )
         y1 = explicit_rk.solution(tableau, y0, ks, y_last)
         y_error = explicit_rk.combine(None, tableau.b_error, ks)
         cache = f_last if self.carries_last_stage else None
-        return Attempt(y1, y_error, _dense(y0, y1, ks), None, cache, diffrax.RESULTS.successful)
+        return Attempt(y1, y_error, ks, _dense(y0, y1, ks), None, cache, diffrax.RESULTS.successful)
 
-    def advance(self, t0, t1, y0, state, made_jump, dense):
+    def advance(self, t0, t1, y0, state, made_jump, whole):
         del state, made_jump
-        tableau = self.tableau
-        count = tableau.num_stages if dense else explicit_rk.needed_stages(tableau)
-        ks, y_last, _ = explicit_rk.stages(tableau, self.terms, t0, t1, y0, self.args, None, count)
+        tableau, control = self.tableau, self.terms.contr(t0, t1)
+        count = tableau.num_stages if whole else explicit_rk.needed_stages(tableau)
+        ks, y_last, _ = explicit_rk.stages(
+            tableau, self.terms, t0, t1, control, y0, self.args, count
+        )
         y1 = explicit_rk.solution(tableau, y0, ks, y_last)
-        return y1, None, _dense(y0, y1, ks) if dense else None
+        if not whole:
+            return Advance(y1, None, None, None, None)
+        y_error = explicit_rk.combine(None, tableau.b_error, ks)
+        return Advance(y1, None, y_error, ks, _dense(y0, y1, ks))
 
     def final_state(self, t, y, state):
         del state
@@ -138,11 +155,13 @@ class ReversibleStepper(AbstractStepper):
         y1, others, records, info = self._step(t0, t1, y0, state, cache, made_jump)
         cache = records[-1].field if self.solver.shared_ends else None
         error = self.solver.error(records)
-        return Attempt(y1, error, info, others, cache, diffrax.RESULTS.successful)
+        return Attempt(y1, error, None, info, others, cache, diffrax.RESULTS.successful)
 
-    def advance(self, t0, t1, y0, state, made_jump, dense):
-        y1, others, _, info = self._step(t0, t1, y0, state, None, made_jump)
-        return y1, others, info if dense else None
+    def advance(self, t0, t1, y0, state, made_jump, whole):
+        y1, others, records, info = self._step(t0, t1, y0, state, None, made_jump)
+        if not whole:
+            return Advance(y1, others, None, None, None)
+        return Advance(y1, others, self.solver.error(records), None, info)
 
     def final_state(self, t, y, state):
         return self.solver.refresh(self.terms, t, y, State(state, None), self.args)
@@ -168,13 +187,15 @@ class SolverStepper(AbstractStepper):
         y1, y_error, dense_info, state, result = self.solver.step(
             self.terms, t0, t1, y0, self.args, state, made_jump
         )
-        return Attempt(y1, y_error, dense_info, state, None, result)
+        return Attempt(y1, y_error, None, dense_info, state, None, result)
 
-    def advance(self, t0, t1, y0, state, made_jump, dense):
-        y1, _, dense_info, state, _ = self.solver.step(
+    def advance(self, t0, t1, y0, state, made_jump, whole):
+        y1, y_error, dense_info, state, _ = self.solver.step(
             self.terms, t0, t1, y0, self.args, state, made_jump
         )
-        return y1, state, dense_info if dense else None
+        if not whole:
+            return Advance(y1, state, None, None, None)
+        return Advance(y1, state, y_error, None, dense_info)
 
     def final_state(self, t, y, state):
         return state

@@ -8,6 +8,8 @@ import pytest
 from oracles import CONSTANT, DIFFRAX, OURS, PARAMS, Y0, field, relative, solve
 from problems import PROBLEMS, terms
 
+from nde.solvers import DiscreteAdjoint, ReversibleAdjoint, ReversibleHeun
+
 LANES, BAD = 3, 1
 TS = np.array([0.1, 0.4, 0.95])
 CONTROLLERS = {"adaptive": dfx.PIDController(rtol=1e-3, atol=1e-5), "constant": CONSTANT}
@@ -218,3 +220,51 @@ def test_forward_solve_is_that_of_diffrax(name):
     for count in ("num_steps", "num_accepted_steps", "num_rejected_steps"):
         assert ours.stats[count] == theirs.stats[count]
     assert relative(ours.ys, theirs.ys) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "adjoint, solver",
+    [(DiscreteAdjoint(), dfx.Heun()), (ReversibleAdjoint(), ReversibleHeun())],
+    ids=["discrete", "reversible"],
+)
+def test_failed_combination_of_nested_lanes(adjoint, solver):
+    # Lane (1, 0) alone fails, yet each number it is made of is used by a lane that does not.
+    def one(w, p, a, y):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, w: -w * y * jnp.sqrt(p[0] + a)), solver, 0.0, 1.0, 0.1, y,
+            args=w, adjoint=adjoint, throw=False,
+        )  # fmt: skip
+        return jnp.where(sol.result == dfx.RESULTS.successful, sol.ys[-1], 0.0)
+
+    def loss(w, ps, shifts, ys):
+        inner = jax.vmap(one, in_axes=(None, None, 0, 0))
+        return jnp.sum(jax.vmap(inner, in_axes=(None, 0, None, 0))(w, ps, shifts, ys))
+
+    ps = jnp.array([[1.0, 0.0], [-1.0, 0.0]])  # the larger constant: it stays on its level
+    shifts, ys = jnp.array([0.5, 2.0]), jnp.array([[1.0, 2.0], [3.0, 0.5]])
+    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(jnp.array(0.7), ps, shifts, ys)
+
+    def reference(w, ps, shifts, ys):
+        lanes = [(0, 0), (0, 1), (1, 1)]
+        rates = [w * jnp.sqrt(ps[i, 0] + shifts[j]) for i, j in lanes]
+        factor = _heun_factor if isinstance(solver, dfx.Heun) else _reversible_heun_factor
+        return sum(ys[i, j] * factor(r, 10) for (i, j), r in zip(lanes, rates, strict=True))
+
+    expected = jax.grad(reference, argnums=(0, 1, 2, 3))(jnp.array(0.7), ps, shifts, ys)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def _heun_factor(rate, steps):
+    z = rate / steps
+    return (1 - z + z**2 / 2) ** steps
+
+
+def _reversible_heun_factor(rate, steps):
+    """y after so many steps of y' = -rate y from y = 1."""
+    h, y, z = 1.0 / steps, 1.0, 1.0
+    for _ in range(steps):
+        before = -rate * z
+        z = 2 * y - z + h * before
+        y = y + 0.5 * h * (before - rate * z)
+    return y

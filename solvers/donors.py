@@ -1,0 +1,81 @@
+"""What a lane computes while it has no step of its own to pull back.
+
+All lanes are pulled back together, so a lane whose solve failed evaluates something too, and a NaN met
+there would reach the parameters it shares with others: zero times NaN is NaN. Such a lane borrows a
+step that is known to be good, with everything the step depends on, and contributes exactly nothing.
+
+A constant that only failed lanes use is replaced by the donor's. One that a healthy lane uses too
+cannot be, so its donor must share it. Under nested `vmap` that can be asked of one constant on part of
+the levels (the largest, `_common`); others on part of the levels are repeated for every lane first.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+from nde.solvers.forward import choose
+from nde.solvers.lanes import Batch
+
+
+class Donors(NamedTuple):
+    """Which lanes have a step of their own, and whom the others borrow from."""
+
+    healthy: Bool[Array, " lanes"]
+    index: Int[Array, " lanes_or_one"]
+    best: Int[Array, ""]  # the donor of a lane that shares no constant with a healthy one
+
+    def lend(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """Lane-wise arrays, with the donor's in lanes that have no step."""
+        theirs = lambda x: x.at[self.index].get(mode="promise_in_bounds")
+        return choose(self.healthy, tree, jax.tree.map(theirs, tree))
+
+    def lend_const(self, const: Array, has: tuple[bool, ...], batch: Batch) -> Array:
+        """A constant on the levels `has`, with the donor's where no lane with a step uses it."""
+        if not any(has):
+            return const
+        if all(has):
+            flat = const.reshape((batch.lanes, *const.shape[len(has) :]))
+            return self.lend(flat).reshape(const.shape)
+        others = tuple(i for i, h in enumerate(has) if not h)
+        used = jnp.any(self.healthy.reshape(batch.sizes), axis=others)
+        place = jnp.unravel_index(self.best, batch.sizes)
+        theirs = const[tuple(p for p, h in zip(place, has, strict=True) if h)]
+        return choose(used, const, theirs[(None,) * used.ndim])
+
+
+def donors(steps: Int[Array, " lanes"], batch: Batch, consts: list[Array]) -> Donors:
+    """The donors of lanes that took no step: whoever took the most, next of kin first."""
+    best, common = jnp.argmax(steps), _common(batch, consts)
+    if common is None:
+        return Donors(steps > 0, best[None], best)
+    apart = tuple(i for i, h in enumerate(common) if not h)
+    by_level, number = steps.reshape(batch.sizes), jnp.arange(batch.lanes).reshape(batch.sizes)
+    most = jnp.max(by_level, axis=apart, keepdims=True)
+    kin = jnp.max(jnp.where(by_level == most, number, -1), axis=apart, keepdims=True)
+    index = jnp.broadcast_to(jnp.where(most > 0, kin, best), batch.sizes)
+    return Donors(steps > 0, index.reshape(-1), best)
+
+
+def separated(batch: Batch, consts: list[Array]) -> tuple[Batch, list[Array]]:
+    """Repeats constants on part of the levels for every lane, unless they are on the common ones."""
+    common, levels, out = _common(batch, consts), list(batch.levels), []
+    for i, const in enumerate(consts):
+        has = levels[i]
+        if any(has) and not all(has) and has != common:
+            const = batch.spread(const, has)
+            const = const.reshape(batch.sizes + const.shape[1:])
+            levels[i] = (True,) * len(has)
+        out.append(const)
+    return batch._replace(levels=tuple(levels)), out
+
+
+def _common(batch: Batch, consts: list[Array]) -> tuple[bool, ...] | None:
+    """The levels of the largest constant that is on some but not all of them."""
+    partial = [
+        (const.size, has)
+        for const, has in zip(consts, batch.levels, strict=False)
+        if any(has) and not all(has)
+    ]
+    return max(partial)[1] if partial else None

@@ -1,0 +1,159 @@
+r"""The solver's own error and stiffness estimates, as differentiable numbers.
+
+Over an accepted step of length h from y0 to y1, with embedded error e and stages k_i at the states g_i,
+
+    E = rms(e / (atol + rtol max(|y0|, |y1|)))               scaled: at most 1 where a step is accepted
+    E = rms(e)                                               raw
+    S = rms(k_last - k_prev) / (h rms(g_last - g_prev)) / s*  if the last two stages share a time
+
+where k includes the factor h, so S estimates |df/dy|, and s* is the real stability limit of the method:
+h S = 1 is where its steps become unstable. Nothing is evaluated that the step has not evaluated already.
+
+    error estimate        sum_j E_j h_j        (`reduce="sum"`; or the mean, or the maximum, over steps)
+    stiffness estimate    sum_j S_j
+
+The steps themselves carry no gradient: h is a constant, the scale is not. At e = 0 or g_last = g_prev
+the value is 0 with gradient 0.
+
+Reference:  Opening the Blackbox: Accelerating Neural Differential Equations by Regularizing Internal
+            Solver Heuristics (2021) | arXiv:2105.03918
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from nde.solvers.explicit_rk import combine, tableau_of
+
+# Where the real axis leaves the region of absolute stability.
+STABILITY_LIMITS = {"Tsit5": 3.5068, "Dopri5": 3.3066, "Dopri8": 5.1667}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimates:
+    """Which estimates of a solve an adjoint puts into `sol.stats`, as differentiable numbers.
+
+    `stats["error_estimate"]`, for any solver with an error estimate, and `stats["stiffness_estimate"]`,
+    for `diffrax.Tsit5`, `Dopri5` and `Dopri8`: one number per trajectory, over its accepted steps. See
+    the module for the equations.
+
+    Args:
+        scaled: Whether errors are in units of the controller's tolerances; raw where it has none.
+        reduce: `"sum"` of E h and of S; `"mean"`, the same over the number of steps; or `"max"`.
+        series: Whether `stats["error_steps"]` (E) and `stats["stiffness_steps"]` (S) are there too,
+            shape (max_steps,), with `stats["step_lengths"]` (h); zero where there was no step.
+
+    Raises:
+        ValueError: for an unknown `reduce`, and, at a solve, for a solver without error estimate.
+    """
+
+    scaled: bool = True
+    reduce: Literal["sum", "mean", "max"] = "sum"
+    series: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reduce not in ("sum", "mean", "max"):
+            raise ValueError(
+                f'`reduce` is {self.reduce!r}; it must be "sum", "mean" or "max" over the steps.'
+            )
+
+
+class Judged(NamedTuple):
+    """The estimates of one step, or of all, row by row."""
+
+    error: Array  # E
+    stiffness: Array | None  # S; None for a solver without it
+    length: Array  # h, positive
+
+
+class Judge(NamedTuple):
+    """Turns what a step leaves behind into its estimates."""
+
+    rtol: Any  # None: raw
+    atol: Any
+    tableau: diffrax.ButcherTableau | None  # None: no stiffness
+    limit: float
+
+    def __call__(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree,
+        y1: PyTree,
+        error: PyTree,
+        ks: Sequence[PyTree] | None,
+    ) -> Judged:
+        """The estimates of the step from (t0, y0) to (t1, y1); `ks` are its stages times h."""
+        length = jax.lax.stop_gradient(jnp.abs(t1 - t0))
+        if self.rtol is not None:
+            error = jax.tree.map(self._scaled, error, y0, y1)
+        stiffness = None
+        if self.tableau is not None and ks is not None:
+            stiffness = _quotient(self.tableau, length, ks) / self.limit
+        return Judged(_rms(error), stiffness, length)
+
+    def _scaled(self, e: Array, y0: Array, y1: Array) -> Array:
+        largest = jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+        scale = jnp.asarray(self.atol, e.dtype) + jnp.asarray(self.rtol, e.dtype) * largest
+        # A state that overflowed belongs to a step that is not accepted; neither may its gradient.
+        fine = jnp.isfinite(e) & jnp.isfinite(scale) & (scale > 0)
+        return jnp.where(fine, e, 0) / jnp.where(fine, scale, 1)
+
+
+def judge_for(
+    solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController, scaled: bool
+) -> Judge:
+    """The judge of a solver's steps, with the tolerances of the controller."""
+    is_adaptive = lambda x: isinstance(x, diffrax.AbstractAdaptiveStepSizeController)
+    rtol = atol = None
+    for inner in jax.tree.leaves(controller, is_leaf=is_adaptive):  # it may be wrapped
+        if scaled and is_adaptive(inner):
+            rtol, atol = inner.rtol, inner.atol
+    tableau, limit = tableau_of(solver), STABILITY_LIMITS.get(type(solver).__name__)
+    if limit is None or tableau is None or tableau.c[-1] != tableau.c[-2]:
+        return Judge(rtol, atol, None, 1.0)
+    return Judge(rtol, atol, tableau, limit)
+
+
+def reduced(how: Estimates, judged: Judged, steps: Array) -> dict[str, Float[Array, "..."]]:
+    """The statistics, from rows of estimates (steps first) and the number of accepted steps."""
+    each = {"error": judged.error * judged.length, "stiffness": judged.stiffness}
+    out = {}
+    for name, rows in each.items():
+        if rows is None:
+            continue
+        total = jnp.max(rows, axis=0) if how.reduce == "max" else jnp.sum(rows, axis=0)
+        if how.reduce == "mean":
+            total = total / jnp.maximum(steps, 1).astype(total.dtype)
+        out[f"{name}_estimate"] = total
+    if how.series:
+        out |= {"error_steps": judged.error, "step_lengths": judged.length}
+        if judged.stiffness is not None:
+            out["stiffness_steps"] = judged.stiffness
+    return out
+
+
+def _rms(tree: PyTree[Array]) -> Array:
+    """The root mean square over all entries; 0, with gradient 0, where all are."""
+    leaves = jax.tree.leaves(tree)
+    finite = [jnp.where(jnp.isfinite(x), x, 0) for x in leaves]
+    count = sum(x.size for x in leaves)
+    total = sum((jnp.sum(x**2) for x in finite[1:]), start=jnp.sum(finite[0] ** 2)) / max(count, 1)
+    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
+
+
+def _quotient(tableau: diffrax.ButcherTableau, length: Array, ks: Sequence[PyTree]) -> Array:
+    """rms(k_last - k_prev) / (h rms(g_last - g_prev)); the differences of the g are sums of k."""
+    last, previous = np.asarray(tableau.a_lower[-1]), np.asarray(tableau.a_lower[-2])
+    weights = last.copy()
+    weights[: len(previous)] -= previous
+    apart = _rms(combine(None, weights, list(ks)))
+    moved = _rms(jax.tree.map(jnp.subtract, ks[-1], ks[-2]))
+    below = length.astype(apart.dtype) * apart
+    return jnp.where(below > 0, moved / jnp.where(below > 0, below, 1), 0)
