@@ -1,0 +1,253 @@
+"""`LinearCDE`: the recurrence against a naive loop, the steps against known exponentials."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from nde import _recurrence
+from nde.linear_cde import LinearCDE, differences, exponential, first_order, integral
+
+KEY = jax.random.key(0)
+TIMES, CHANNELS, HIDDEN = 33, 2, 12
+TS = jnp.cumsum(jax.random.uniform(jax.random.key(1), (TIMES,)))
+YS = jax.random.normal(jax.random.key(2), (TIMES, CHANNELS))
+BLOCKS = [1, 2, 4, 12]  # diagonal to dense; the last is above `UNROLLED`
+RECURRENCES = [_recurrence.sequential, _recurrence.parallel, _recurrence.by_platform]
+
+
+def make(block=4, **options):
+    return LinearCDE(CHANNELS, HIDDEN, 3, block=block, key=KEY, **options)
+
+
+def naive(matrices, offsets, start):
+    """One dense matrix per time, from the blocks, and a Python loop."""
+    size, lanes = start.shape
+    h, found = start.T.ravel(), []
+    for matrix, offset in zip(matrices, offsets, strict=True):
+        dense = scipy.linalg.block_diag(*(matrix[:, :, lane] for lane in range(lanes)))
+        h = dense @ h + offset.T.ravel()
+        found.append(h.reshape(lanes, size).T)
+    return np.stack(found)
+
+
+def recurrence_problem(block, times, dtype=float):
+    keys = jax.random.split(jax.random.key(block), 3)
+    lanes = HIDDEN // block
+    spread = 0.3 / block**0.5
+    matrices = spread * jax.random.normal(keys[0], (times, block, block, lanes), dtype=dtype)
+    matrices = matrices + 0.9 * jnp.eye(block, dtype=dtype)[None, :, :, None]
+    offsets = jax.random.normal(keys[1], (times, block, lanes), dtype=dtype)
+    return matrices, offsets, jax.random.normal(keys[2], (block, lanes), dtype=dtype)
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_way_equals_the_loop(recurrence, block):
+    problem = recurrence_problem(block, 17)
+    expected = naive(*map(np.asarray, problem))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(jax.jit(recurrence)(*problem), expected, atol=1e-12 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.float64, 1e-12)])
+@pytest.mark.parametrize("block", [1, 4])
+def test_the_scan_equals_the_loop_on_a_long_series(block, dtype, tolerance):
+    problem = recurrence_problem(block, 2000, dtype)
+    # A contraction, so that the numbers compare over the whole length.
+    problem = (0.9 / (1 + 0.3 * 2) * problem[0], *problem[1:])
+    expected = naive(*(np.asarray(x, dtype=float) for x in problem))
+    error = np.abs(np.asarray(jax.jit(_recurrence.parallel)(*problem)) - expected).max()
+    assert error < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("block", [1, 4])
+def test_gradients_equal_autodiff_of_the_loop(recurrence, block):
+    problem = recurrence_problem(block, 9)
+    weights = jax.random.normal(KEY, problem[1].shape)
+
+    def loop(matrices, offsets, start):
+        h, found = start, []
+        for matrix, offset in zip(matrices, offsets, strict=True):
+            h = jnp.einsum("ijn,jn->in", matrix, h) + offset
+            found.append(h)
+        return jnp.stack(found)
+
+    def loss(solve, *problem):
+        return jnp.sum(weights * solve(*problem) ** 2)
+
+    wanted = jax.grad(loss, argnums=(1, 2, 3))(loop, *problem)
+    given = jax.jit(jax.grad(loss, argnums=(1, 2, 3)), static_argnums=0)(recurrence, *problem)
+    for a, b in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11 * np.abs(b).max())
+
+
+def test_a_gradient_has_a_gradient():
+    problem = recurrence_problem(2, 5)
+
+    def norm(solve, scale):
+        inner = jax.grad(lambda m: jnp.sum(solve(m, *problem[1:]) ** 2))(scale * problem[0])
+        return jnp.sum(inner**2)
+
+    slope = jax.jit(jax.grad(norm, argnums=1), static_argnums=0)
+    slopes = [slope(way, 0.7) for way in RECURRENCES]
+    step = 1e-5
+    central = (norm(RECURRENCES[0], 0.7 + step) - norm(RECURRENCES[0], 0.7 - step)) / (2 * step)
+    np.testing.assert_allclose(slopes, central, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", BLOCKS)
+@pytest.mark.parametrize("norm", [1e-6, 1.0, 12.0])
+def test_exponential_equals_scipy(size, norm):
+    generator = np.array(jax.random.normal(KEY, (2, size, size, 3)))
+    generator *= norm / np.abs(generator).sum(axis=1).max()
+    given = jax.jit(exponential)(jnp.asarray(generator))
+    for k, lane in np.ndindex(2, 3):
+        expected = scipy.linalg.expm(generator[k, :, :, lane])
+        tolerance = 1e-13 * max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(given[k, :, :, lane], expected, atol=tolerance, rtol=1e-12)
+
+
+def test_exponential_is_exact_in_between_and_first_order_is_not():
+    ts, ys = TS[:3], YS[:3]  # a refinement of a linear path changes nothing for a CDE
+    fine_ts = jnp.interp(jnp.arange(9) / 4, jnp.arange(3.0), ts)
+    fine_ys = jax.vmap(lambda y: jnp.interp(jnp.arange(9) / 4, jnp.arange(3.0), y), 1, 1)(ys)
+    gaps = {}
+    for step in (exponential, first_order):
+        layer = make(step=step).layers[0]
+        coarse, fine = layer.states(ts, ys), layer.states(fine_ts, fine_ys)[::4]
+        gaps[step] = float(jnp.abs(coarse - fine).max())
+    assert gaps[exponential] < 1e-13
+    assert gaps[first_order] > 1e-2
+
+
+def test_states_equal_the_equation_written_out():
+    for driver, increments in (
+        (differences, np.diff(np.column_stack([TS, YS]), axis=0)),
+        (integral, np.diff(TS)[:, None] * np.column_stack([np.ones(TIMES), YS])[1:]),
+    ):
+        layer = make(driver=driver).layers[0]
+        h = layer.initial(YS[0]).reshape(4, 3)
+        for dw in increments:
+            matrix = sum(np.asarray(a) * d for a, d in zip(layer.generators, dw, strict=True))
+            h = h + np.einsum("ijn,jn->in", matrix, h)
+        np.testing.assert_allclose(layer.states(TS, YS)[-1], np.ravel(h), rtol=1e-10)
+
+
+def test_outputs_know_the_past_alone():
+    model = make()
+    trajectory = eqx.filter_jit(model.trajectory)
+    outputs = trajectory(TS, YS)
+    np.testing.assert_allclose(outputs[-1], model(TS, YS), rtol=1e-12)
+    changed = trajectory(TS, YS.at[20:].add(1.0))
+    np.testing.assert_array_equal(outputs[:20], changed[:20])
+    assert np.all(np.abs(outputs[20:] - changed[20:]).max(axis=1) > 1e-6)
+
+
+@pytest.mark.parametrize("driver", [differences, integral])
+@pytest.mark.parametrize("recurrence", RECURRENCES[:2])
+def test_padding_changes_nothing(driver, recurrence):
+    model = make(driver=driver, step=exponential, recurrence=recurrence, init_std=0.2)
+    padding = [(0, 11)]
+    ts, ys = jnp.pad(TS, padding, mode="edge"), jnp.pad(YS, [*padding, (0, 0)], mode="edge")
+    trajectory = eqx.filter_jit(model.trajectory)
+    outputs, unpadded = trajectory(ts, ys), trajectory(TS, YS)
+    np.testing.assert_allclose(outputs[:TIMES], unpadded, rtol=1e-12, atol=1e-12)
+    still = np.tile(unpadded[-1], (11, 1))
+    np.testing.assert_allclose(outputs[TIMES:], still, rtol=1e-12, atol=1e-12)
+
+
+def test_a_diagonal_layer_forgets_the_order_of_its_input():
+    """Two increments in either order: equal states, unless blocks do not commute."""
+    order = jnp.array([0, 2, 1])
+    steps = jnp.array([[0.0, 0.0], [0.3, -0.2], [-0.1, 0.4]])
+    ts = jnp.arange(3.0)
+    for block, step in ((1, first_order), (1, exponential), (2, first_order), (2, exponential)):
+        layer = make(block, step=step).layers[0]
+        one, other = (layer.states(ts, jnp.cumsum(x, 0))[-1] for x in (steps, steps[order]))
+        gap = float(jnp.abs(one - other).max())
+        assert gap < 1e-14 if block == 1 else gap > 1e-3
+
+
+def icosahedron():
+    """Two rotations that make the group A5, as generators (skew-symmetric matrices)."""
+
+    def generator(axis, angle):
+        x, y, z = angle * np.array(axis) / np.linalg.norm(axis)
+        return np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+
+    golden = (1 + np.sqrt(5)) / 2
+    return generator((0, 1, golden), 2 * np.pi / 5), generator((1, 1, 1), 2 * np.pi / 3)
+
+
+def test_blocks_of_three_hold_a5_over_a_thousand_tokens():
+    generators = icosahedron()
+    tokens = np.random.default_rng(0).integers(0, 2, 1000)
+    matrices = [scipy.linalg.expm(g) for g in generators]
+    layer = LinearCDE(2, 3, 1, block=3, driver=integral, step=exponential, key=KEY).layers[0]
+    weights = jnp.stack([jnp.zeros((3, 3)), *map(jnp.asarray, generators)])[..., None]
+    layer = eqx.tree_at(lambda layer: layer.generators, layer, weights)
+    layer = jax.tree.map(lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, layer)
+    xs = jax.nn.one_hot(tokens, 2, dtype=jnp.float32)
+    states = layer.states(jnp.arange(1000, dtype=jnp.float32), xs)
+    expected = [np.asarray(states[0], dtype=float)]
+    for token in tokens[1:]:
+        expected.append(matrices[token] @ expected[-1])
+    assert len(np.unique(np.round(expected, 6), axis=0)) == 60  # the whole group was visited
+    np.testing.assert_allclose(states, expected, atol=1e-4)
+
+
+def test_a_batch_is_vmap_under_jit():
+    model = make()
+    ys = jnp.stack([YS, 2 * YS])
+    batch = eqx.filter_jit(lambda model: jax.vmap(model, in_axes=(None, 0))(TS, ys))(model)
+    np.testing.assert_allclose(batch, jnp.stack([model(TS, y) for y in ys]), rtol=1e-10)
+
+
+def test_a_gradient_reaches_every_weight():
+    def loss(model):
+        return jnp.sum(model(TS, YS) ** 2)
+
+    grads = jax.tree.leaves(eqx.filter_jit(eqx.filter_grad(loss))(make()))
+    assert len(grads) == 2 * 9 + 2
+    assert all(float(jnp.abs(g).max()) > 0 for g in grads)
+
+
+BAD_SERIES = {
+    "no time": (TS[:0], YS[:0], "at least one time"),
+    "one time": (TS[:1], YS[:1], "at least two rows"),
+    "unsorted": (TS[::-1].at[0].set(0.0), YS, "not in order"),
+    "backward": (TS[::-1], YS, "runs backward"),
+    "time is nan": (TS.at[3].set(jnp.nan), YS, "nan at index 3"),
+    "channels": (TS, YS[:, :1], r"\(33, 1\).*expects \(33, 2\)"),
+    "batch": (TS, YS[None], "vmap"),
+    "lengths": (TS[:-1], YS, r"\(33, 2\).*expects \(32, 2\)"),
+    "nan": (TS, YS.at[4, 1].set(jnp.nan), "nan at time 4, channel 1"),
+    "integers": (TS, YS.astype(int), "floating array"),
+    "a list": (TS, YS.tolist(), "`ys` is list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SERIES)
+def test_a_bad_series_is_refused(case):
+    ts, ys, message = BAD_SERIES[case]
+    with pytest.raises(ValueError, match=message):
+        make()(ts, ys)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block": 5}, r"does not divide `hidden` = 12; give one of \[1, 2, 3, 4, 6, 12\]"),
+        ({"block": 0}, "`block` is 0"),
+        ({"depth": 1.0}, "`depth` is 1.0"),
+        ({"driver": "integral"}, "`driver` is 'integral'"),
+        ({"step": differences}, r"called as step\(generator\)"),
+    ],
+)
+def test_a_bad_model_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
