@@ -36,15 +36,12 @@ def spirals(number, dropped, rng):
     ts = np.linspace(0.0, 4 * np.pi, POINTS)
     angle = rng.uniform(0, 2 * np.pi, number)[:, None] - 2.0 * ts
     radius = np.exp(-0.3 * ts)
-    labels = (np.arange(number) % 2).astype(np.float32)
+    labels = (np.arange(number) % 2).astype(float)
     mirror = np.where(labels == 1, -1.0, 1.0)[:, None]
     ys = np.stack([mirror * radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
     seen = rng.uniform(size=(number, POINTS)) >= dropped
     seen[:, 0] = seen[:, -1] = True
-    series = [
-        (ts[rows].astype(np.float32), y[rows].astype(np.float32))
-        for rows, y in zip(seen, ys, strict=True)
-    ]
+    series = [(ts[rows], y[rows]) for rows, y in zip(seen, ys, strict=True)]
     # Series of unequal length become one array; their padding never reaches the model.
     ts, ys, _, lengths = paths.pad_series(series)
     return jax.jit(jax.vmap(paths.hermite_cubic))(ts, ys, lengths), jnp.asarray(labels)
@@ -65,10 +62,8 @@ def loss(model, batch, key):
     entropy = optax.sigmoid_binary_cross_entropy(logits, labels)
     right = (logits > 0) == (labels > 0.5)
 
-    def mean(values):
-        return jnp.sum(jnp.where(batch.mask, values, 0.0)) / jnp.sum(batch.mask)
-
-    return mean(entropy), {"accuracy": mean(right.astype(entropy.dtype))}
+    accuracy = jnp.mean(right.astype(entropy.dtype), where=batch.mask)
+    return jnp.mean(entropy, where=batch.mask), {"accuracy": accuracy}
 
 
 def train(dropped, steps, seed):

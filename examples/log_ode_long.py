@@ -57,7 +57,7 @@ def loss(model, batch, key):
     """Cross-entropy."""
     controls, labels = batch.data
     entropy = optax.sigmoid_binary_cross_entropy(jax.vmap(model)(controls), labels)
-    return jnp.sum(jnp.where(batch.mask, entropy, 0.0)) / jnp.sum(batch.mask)
+    return jnp.mean(entropy, where=batch.mask)
 
 
 def train(model, known, held, steps, seed):

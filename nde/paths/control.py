@@ -63,17 +63,17 @@ class ControlPath(AbstractControl):
     @property
     def t0(self) -> Float[Array, ""]:
         """The first knot."""
-        return self.ts[0]
+        return self.ts[..., 0]
 
     @property
     def t1(self) -> Float[Array, ""]:
         """The last knot."""
-        return self.ts[-1]
+        return self.ts[..., -1]
 
     @property
     def start(self) -> Float[Array, " channels"]:
         """The value at the first knot."""
-        return self.coefficients[0, 0]
+        return self.coefficients[..., 0, 0, :]
 
     @property
     def degree(self) -> int:

@@ -83,7 +83,7 @@ class LogSignaturePath(AbstractControl):
     @property
     def increments(self) -> Float[Array, "windows coordinates"]:
         """The log-signature of every window."""
-        return self.control.coefficients[:, 1] * jnp.diff(self.ts)[:, None]
+        return self.control.coefficients[..., 1, :] * jnp.diff(self.ts)[..., None]
 
     def evaluate(
         self, t0: Real[Array, ""], t1: Real[Array, ""] | None = None, left: bool = True
