@@ -157,9 +157,8 @@ def loss(solve: Callable, static, weights, y0):
     return jnp.mean(y1**2), jnp.max(steps)
 
 
-def compiled_gradient(case: Case, name: str):
+def compiled_gradient(case: Case, name: str, weights, static, y0):
     """The compiled gradient of one method; not yet called."""
-    weights, static, y0 = problem(case)
     gradient = jax.grad(ft.partial(loss, methods(case)[name], static), has_aux=True)
     return jax.jit(gradient).lower(weights, y0).compile()
 
@@ -172,7 +171,7 @@ def time_methods(case: Case) -> dict[str, Any]:
     weights, static, y0 = problem(case)
     gradients, forwards = {}, {}
     for name, solve in methods(case).items():
-        gradients[name] = compiled_gradient(case, name)
+        gradients[name] = compiled_gradient(case, name, weights, static, y0)
         if name in FORWARDS:
             forward = jax.jit(ft.partial(loss, solve, static))
             forwards[name] = forward.lower(weights, y0).compile()
@@ -209,7 +208,8 @@ def time_methods(case: Case) -> dict[str, Any]:
 
 def time_compilation(case: Case, name: str) -> list[float]:
     """Seconds to trace, lower and compile the gradient of one method."""
-    return measure.compile_seconds(ft.partial(compiled_gradient, case, name), case.compilations)
+    build = ft.partial(compiled_gradient, case, name, *problem(case))
+    return measure.compile_seconds(build, case.compilations)
 
 
 def time_torch(case: Case) -> dict[str, Any]:

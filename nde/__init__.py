@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nde import fields as fields
 from nde import losses as losses
+from nde import regularizers as regularizers
 from nde import solvers as solvers
 from nde.hybrid import HybridODE as HybridODE
 from nde.ode import NeuralODE as NeuralODE
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
     from nde import train as train
     from nde.train import fit as fit
 
-__all__ = ["HybridODE", "NeuralODE", "fields", "fit", "losses", "plot", "solvers", "train"]
+__all__ = [
+    "HybridODE",
+    "NeuralODE",
+    "fields",
+    "fit",
+    "losses",
+    "plot",
+    "regularizers",
+    "solvers",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

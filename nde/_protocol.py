@@ -7,6 +7,7 @@ and `vmap` too, or it needs numbers, and then it runs only where there are some:
 transformation.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,43 @@ class AbstractODE(eqx.Module):
     def __check_init__(self):
         check_numerics(self)
 
+    def lift(self, y0: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
+        """The state that is solved for, from the one that is given."""
+        return y0
+
+    def read(self, t: Array, y: PyTree[Float[Array, "..."]], args: PyTree[Any]) -> PyTree[Array]:
+        """The output, from the state that is solved for."""
+        return y
+
+    def __call__(
+        self, ts: Float[Array, " times"], y0: PyTree[Float[Array, "..."]], args: PyTree[Any] = None
+    ) -> PyTree[Float[Array, "times ..."]]:
+        """The states at `ts`, shape (times, ...) for every leaf of `y0`."""
+        return self.solve(ts, y0, args).ys
+
+    def solve(
+        self,
+        ts: Float[Array, " times"],
+        y0: PyTree[Float[Array, "..."]],
+        args: PyTree[Any] = None,
+        *,
+        throw: bool = True,
+    ) -> diffrax.Solution:
+        """The same solve with its `.stats` and `.result`.
+
+        Args:
+            ts: Times, shape (times,), ordered; the solve runs from the first to the last.
+            y0: State at `ts[0]`, an array or a PyTree of arrays, of any shape. It takes the
+                precision of `ts` if that is higher.
+            args: Passed to the vector field, or to the network in it.
+            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
+                was not reached.
+
+        Raises:
+            ValueError: if `ts`, `y0` or what the vector field returns cannot be solved.
+        """
+        return solve_ode(self, ts, y0, args, throw=throw)
+
 
 def solve_ode(
     model: AbstractODE,
@@ -55,37 +93,79 @@ def solve_ode(
     args: PyTree[Any],
     *,
     throw: bool,
-    readout: Callable = lambda t, y, args: y,
+    integrand: Callable | None = None,
+    also: diffrax.SubSaveAt | None = None,
 ) -> diffrax.Solution:
     """Check the input and solve from `ts[0]` to `ts[-1]`.
 
-    `.ys` is `readout(t, y, args)` at `ts`, leaves of shape (times, ...).
+    `.ys` is the output at `ts`, leaves of shape (times, ...). With `integrand(t, y, args)`, a scalar
+    function of the state, it is (output, integral from `ts[0]`); the integral takes no part in the
+    choice of steps. With `also`, `.ts` and `.ys` are lists: that, and what `also` saves.
     """
     check_times(ts, model.dt0)
     check_state(y0)
     # Times and states meet in every step: both get the higher precision of the two.
     dtype = max((x.dtype for x in jax.tree.leaves((ts, y0))), key=lambda d: jnp.finfo(d).bits)
     ts, y0 = jax.tree.map(lambda x: jnp.asarray(x, dtype=dtype), (ts, y0))
+    y0 = model.lift(y0)
     check_precision(model.stepsize_controller, y0)
     check_vector_field(model.vector_field, ts[0], y0, args)
+    field, controller, read = model.vector_field, model.stepsize_controller, model.read
+    if integrand is not None:
+        pair = _Pair(model, integrand)
+        field, controller, read = pair.vector_field, _blind(controller), pair.read
+        y0 = (y0, jnp.zeros((), dtype))
+    saveat: Any = diffrax.SubSaveAt(ts=ts, fn=read)
+    if also is not None:
+        saveat = [saveat, also]
     # Products of reduced precision, a default of recent GPUs, look like a rough field.
     # pyright does not see the attributes that jax adds to its configuration.
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     with jax.default_matmul_precision(precision or "highest"):
         return diffrax.diffeqsolve(
-            diffrax.ODETerm(model.vector_field),
+            diffrax.ODETerm(field),
             model.solver,
             t0=ts[0],
             t1=ts[-1],
             dt0=model.dt0,
             y0=y0,
             args=args,
-            saveat=diffrax.SaveAt(ts=ts, fn=readout),
-            stepsize_controller=model.stepsize_controller,
+            saveat=diffrax.SaveAt(subs=saveat),
+            stepsize_controller=controller,
             adjoint=model.adjoint,
             max_steps=model.max_steps,
             throw=throw,
         )
+
+
+class _Pair(eqx.Module):
+    """A model whose state carries an integral along."""
+
+    model: AbstractODE
+    integrand: Callable
+
+    def vector_field(self, t: Array, y: tuple[PyTree, Array], args: PyTree) -> tuple[PyTree, Array]:
+        return self.model.vector_field(t, y[0], args), self.integrand(t, y[0], args)
+
+    def read(self, t: Array, y: tuple[PyTree, Array], args: PyTree) -> tuple[PyTree, Array]:
+        return self.model.read(t, y[0], args), y[1]
+
+
+def _blind(controller: diffrax.AbstractStepSizeController) -> diffrax.AbstractStepSizeController:
+    """A controller that looks at the state and not at the integral beside it."""
+    if isinstance(controller, diffrax.ClipStepSizeController):
+        return dataclasses.replace(controller, controller=_blind(controller.controller))
+    if isinstance(controller, diffrax.PIDController):
+        return dataclasses.replace(controller, norm=_FirstOnly(controller.norm))
+    return controller
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstOnly:
+    norm: Callable
+
+    def __call__(self, error: tuple[PyTree, Array]) -> Array:
+        return self.norm(error[0])
 
 
 def check_numerics(model: AbstractODE) -> None:
@@ -108,7 +188,7 @@ def check_numerics(model: AbstractODE) -> None:
         raise ValueError("`dt0` is zero; give a step, or `dt0=None` to let the controller choose.")
     if dt0 is not None and not np.isfinite(dt0):
         raise ValueError(f"`dt0` is {dt0}; it must be finite, or `dt0=None`.")
-    rtol, atol = _tolerances(model.stepsize_controller)
+    rtol, atol = tolerances(model.stepsize_controller)
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not value >= 0:
             raise ValueError(f"`{name}` is {value}; a tolerance is positive, such as {name}=1e-6.")
@@ -197,7 +277,7 @@ def check_precision(
     controller: diffrax.AbstractStepSizeController, y0: PyTree[Float[Array, "..."]]
 ) -> None:
     """Tolerances that the state's precision cannot resolve: every step would be rejected."""
-    rtol, atol = _tolerances(controller)
+    rtol, atol = tolerances(controller)
     smallest = max(10 * float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y0))
     if rtol and rtol < smallest and (atol or 0) < smallest:
         dtype = jnp.result_type(*jax.tree.leaves(y0))
@@ -280,11 +360,12 @@ def _number(x: Any) -> float | None:
     return None if x is None or _traced(x) else float(x)
 
 
-def _tolerances(
+def tolerances(
     controller: diffrax.AbstractStepSizeController,
 ) -> tuple[float | None, float | None]:
+    """(rtol, atol) where the controller has them and they are numbers, else None."""
     if isinstance(controller, diffrax.ClipStepSizeController):
-        return _tolerances(controller.controller)
+        return tolerances(controller.controller)
     if isinstance(controller, diffrax.PIDController):
         return _number(controller.rtol), _number(controller.atol)
     return None, None

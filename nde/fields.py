@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from nde._protocol import check_key
 
-__all__ = ["MLPField", "MatrixField"]
+__all__ = ["Batched", "MLPField", "MatrixField"]
 
 
 class MLPField(eqx.Module):
@@ -141,3 +141,27 @@ class MatrixField(eqx.Module):
     ) -> Float[Array, "size channels"]:
         """How the state moves with each channel of the control."""
         return self.field(t, z, args).reshape(self.field.size, self.channels)
+
+
+class Batched(eqx.Module):
+    """A field of one example as the field of a batch that is solved as one state.
+
+    Every example then takes the same steps, whose error is that of the whole batch: fewer and larger
+    operations than `jax.vmap` of the model, and as many steps as the hardest example asks for.
+
+    Args:
+        field: `field(t, y, args) -> dy` of one example.
+
+    Example:
+        >>> model = nde.NeuralODE(nde.fields.Batched(field))
+        >>> ys = model(ts, y0s)             # (times,), (examples, channels) -> (times, examples, ...)
+    """
+
+    field: Callable
+
+    def __call__(
+        self, t: Float[Array, ""], y: Float[Array, "examples ..."], args: Array | None = None
+    ) -> Float[Array, "examples ..."]:
+        """The rates of change, shaped like `y`. `args`: None, or with a leading example axis."""
+        axes = (None, 0, None if args is None else 0)
+        return jax.vmap(self.field, in_axes=axes)(t, y, args)

@@ -26,7 +26,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.core
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from nde._protocol import AbstractODE, check_callable, solve_ode
+from nde._protocol import AbstractODE, check_callable
 
 __all__ = ["Bounded", "Frozen", "HybridODE", "Positive", "additive"]
 
@@ -177,35 +176,6 @@ class HybridODE(AbstractODE):
             self.parameters,
             is_leaf=_is_parameter,
         )
-
-    def __call__(
-        self, ts: Float[Array, " times"], y0: PyTree[Float[Array, "..."]], args: PyTree[Any] = None
-    ) -> PyTree[Float[Array, "times ..."]]:
-        """The states at `ts`, shape (times, ...) for every leaf of `y0`."""
-        return self.solve(ts, y0, args).ys
-
-    def solve(
-        self,
-        ts: Float[Array, " times"],
-        y0: PyTree[Float[Array, "..."]],
-        args: PyTree[Any] = None,
-        *,
-        throw: bool = True,
-    ) -> diffrax.Solution:
-        """The same solve with its `.stats` and `.result`.
-
-        Args:
-            ts: Times, shape (times,), ordered; the solve runs from the first to the last.
-            y0: State at `ts[0]`, an array or a PyTree of arrays, of any shape. It takes the
-                precision of `ts` if that is higher.
-            args: Passed to the network.
-            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
-                was not reached.
-
-        Raises:
-            ValueError: if `ts`, `y0` or what the equations return cannot be solved.
-        """
-        return solve_ode(self, ts, y0, args, throw=throw)
 
 
 def _is_parameter(node: Any) -> bool:

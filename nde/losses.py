@@ -100,6 +100,8 @@ def trajectory(
     *,
     error: Callable = mse,
     horizon: Callable | None = None,
+    regularizer: Callable | None = None,
+    coefficient: float | Callable = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of an ODE model that starts at the first observation and should meet the others.
 
@@ -113,31 +115,46 @@ def trajectory(
         model: An ODE model: `model.solve(ts, y0, throw=False)`.
         batch: An `nde.train.Batch` whose data is `(ts, ys)`, shapes (examples, times) and
             (examples, times, ...).
-        key: Not used: the loss draws nothing.
+        key: Of what the regularizer draws.
         error: `error(prediction, target, mask) -> scalar`, with arrays (examples, times - 1, ...)
             and a mask (examples, times - 1): `mse`, `log_mse`.
         horizon: `horizon(step) -> fraction` of the series to train on, see `growing_horizon`: any
             optax schedule.
+        regularizer: One of `nde.regularizers`, to be added as its mean over the batch.
+        coefficient: Of the regularizer: a number, or a function of the step such as
+            `nde.regularizers.exponential_decay(100.0, 10.0, 3000)`.
 
     Returns:
-        The error, and as metrics the fraction of solves that `failed` and, where the adjoint counts
-        them, `nfe`: the mean number of vector-field evaluations.
+        The loss, and as metrics the fraction of solves that `failed`, the `penalty` of a
+        regularizer and, where the adjoint counts them, `nfe`: the mean number of vector-field
+        evaluations.
     """
     ts, ys = batch.data
     seen = jnp.ones(ts.shape, dtype=bool)
     if horizon is not None:
         ts, seen = jax.vmap(growing_horizon, in_axes=(0, None))(ts, horizon(batch.step))
 
-    def solve(ts, y0):
-        solution = model.solve(ts, y0, throw=False)
-        return solution.ys, solution.result != diffrax.RESULTS.successful, solution.stats
+    def solve(ts, y0, key):
+        if regularizer is None:
+            solution, penalty = model.solve(ts, y0, throw=False), jnp.zeros(())
+        else:
+            solution, penalty = regularizer(model, ts, y0, key=key)
+        failed = solution.result != diffrax.RESULTS.successful
+        return solution.ys, failed, solution.stats, penalty
 
-    predicted, failed, stats = jax.vmap(solve)(ts, ys[:, 0])
-    mask = seen & (batch.mask & ~failed)[:, None]
+    keys = jax.random.split(key, ts.shape[0])
+    predicted, failed, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys)
+    counts = batch.mask & ~failed
+    mask = seen & counts[:, None]
     metrics = {"failed": _mean(failed, batch.mask)}
     if "nfe" in stats:
         metrics["nfe"] = _mean(stats["nfe"], batch.mask)
-    return error(predicted[:, 1:], ys[:, 1:], mask[:, 1:]), metrics
+    loss = error(predicted[:, 1:], ys[:, 1:], mask[:, 1:])
+    if regularizer is not None:
+        metrics["penalty"] = _mean(penalties, counts)
+        weight = coefficient(batch.step) if callable(coefficient) else coefficient
+        loss = loss + weight * metrics["penalty"]
+    return loss, metrics
 
 
 def _mean(values: Array, mask: Bool[Array, " examples"]) -> Float[Array, ""]:

@@ -16,13 +16,12 @@ Reference:  Neural Ordinary Differential Equations (2018) | arXiv:1806.07366
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from nde._protocol import AbstractODE, solve_ode
+from nde._protocol import AbstractODE
 
 __all__ = ["NeuralODE"]
 
@@ -56,40 +55,15 @@ class NeuralODE(AbstractODE):
     vector_field: Callable
     augment: int = eqx.field(default=0, kw_only=True, static=True)
 
-    def __call__(
-        self, ts: Float[Array, " times"], y0: PyTree[Float[Array, "..."]], args: PyTree[Any] = None
-    ) -> PyTree[Float[Array, "times ..."]]:
-        """The states at `ts`, shape (times, ...) for every leaf of `y0`."""
-        return self.solve(ts, y0, args).ys
-
-    def solve(
-        self,
-        ts: Float[Array, " times"],
-        y0: PyTree[Float[Array, "..."]],
-        args: PyTree[Any] = None,
-        *,
-        throw: bool = True,
-    ) -> diffrax.Solution:
-        """The same solve with its `.stats` and `.result`.
-
-        Args:
-            ts: Times, shape (times,), ordered; the solve runs from the first to the last.
-            y0: State at `ts[0]`, an array or a PyTree of arrays, of any shape. It takes the
-                precision of `ts` if that is higher.
-            args: Passed to the vector field.
-            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
-                was not reached.
-
-        Raises:
-            ValueError: if `ts`, `y0` or what the vector field returns cannot be solved.
-        """
+    def lift(self, y0: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
+        """y0 with the appended channels."""
         if not self.augment:
-            return solve_ode(self, ts, y0, args, throw=throw)
+            return y0
         if not eqx.is_array(y0) or jnp.ndim(y0) != 1:
             shapes = jax.tree.map(jnp.shape, y0)
             raise ValueError(f"`y0` is {shapes}; `augment` needs one array of shape (channels,).")
-        lifted = jnp.pad(y0, (0, self.augment))
-        channels = y0.shape[0]
-        return solve_ode(
-            self, ts, lifted, args, throw=throw, readout=lambda t, y, args: y[:channels]
-        )
+        return jnp.pad(y0, (0, self.augment))
+
+    def read(self, t: Array, y: PyTree[Float[Array, "..."]], args: PyTree[Any]) -> PyTree[Array]:
+        """The state without the appended channels."""
+        return y[: -self.augment] if self.augment else y

@@ -186,10 +186,12 @@ def _faults(start: Start, dt0: Array | None) -> list[_Fault]:
 def stop_bad_start(start: Start, dt0: Array | None, throw: bool) -> Start:
     """Stops a solve that cannot start: an error if `throw`, else a result code."""
     faults = _faults(start, dt0)
-    holds = jnp.stack([fault.holds for fault in faults])
-    is_bad, first = jnp.any(holds), jnp.argmax(holds)
+    first, result = jnp.asarray(len(faults)), start.result
+    for i, fault in reversed(list(enumerate(faults))):
+        first = jnp.where(fault.holds, i, first)
+        result = jnp.where(fault.holds, code(fault.result), result)
     if throw:
         messages = [fault.message for fault in faults]
+        is_bad, first = first < len(faults), jnp.minimum(first, len(faults) - 1)
         start = start._replace(t1=eqx.branched_error_if(start.t1, is_bad, first, messages))
-    codes = jnp.stack([code(fault.result) for fault in faults])
-    return start._replace(result=jnp.where(is_bad, codes[first], start.result))
+    return start._replace(result=result)

@@ -50,6 +50,16 @@ def opened(trail: Trail) -> Trail:
     return trail._replace(steps=trail.steps[0], ts_index=tuple(i[0] for i in trail.ts_index))
 
 
+class Loaded(NamedTuple):
+    """One step of every lane, ready to be evaluated."""
+
+    y: PyTree[Array]
+    state: PyTree[Array]
+    t0: Array
+    t1: Array
+    made_jump: Array
+
+
 class Running(NamedTuple):
     """The cotangents at the present step, going backwards."""
 
@@ -81,12 +91,8 @@ def run(
     )
     most = jnp.max(steps)
     if longest == 1:  # every state is there
-
-        def pull_step(i: Array, ct: Running):
-            k = most - 1 - i
-            return pull.step(k, tapes.get(trail.tape.states, tapes.slot(k, slots)), ct)
-
-        return jax.lax.fori_loop(0, most, pull_step, ct)
+        stored = lambda k: tapes.get(trail.tape.states, tapes.slot(k, slots))
+        return pull.steps_back(jnp.zeros_like(most), most, stored, ct)
     first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
     length = tapes.stride(most, slots)
 
@@ -115,15 +121,11 @@ def chunk(
         after, memory = pull.advance(k0 + j, state, memory)
         return choose(k0 + j + 1 < pull.steps, after, state), kept, memory
 
-    def step(j, ct):
-        j = length - 1 - j
-        return pull.step(k0 + j, tapes.get(kept, j), ct)
-
     carry = (state, kept, ct.memory)
     state, kept, memory = jax.lax.fori_loop(0, length - 1, replay, carry)
     ct = ct._replace(memory=memory)
     kept = tapes.put(kept, length - 1, state)
-    return jax.lax.fori_loop(0, length, step, ct), kept
+    return pull.steps_back(k0, length, lambda k: tapes.get(kept, k - k0), ct), kept
 
 
 class Pull:
@@ -153,24 +155,40 @@ class Pull:
         """Cotangents, without those of lanes that failed."""
         return masked(self.steps >= 0, ct)
 
-    def times(self, k: Array):
-        """Step k of every lane that has one, else a harmless one of its own."""
+    def load(self, k: Array, state: PyTree[Array]) -> Loaded:
+        """Step k from `state` in every lane that has one, else a harmless one."""
+        return Loaded(*self.donors.lend((*state, *self.times(k))))
+
+    def times(self, k: Array) -> tuple[Array, Array, Array]:
+        """Where step k starts and ends in every lane that has one, else another step of the lane."""
         if not self.traced.uniform:
             k = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
-        return self.donors.lend(tapes.times(self.tape, k))
+        return tapes.times(self.tape, k)
 
     def advance(self, k: Array, state: PyTree[Array], memory: PyTree[Array]):
         """The state behind step k, and the memory of the noise."""
-        y, inner = self.donors.lend(state)
-        t0, t1, jump = self.times(k)
+        y, inner, t0, t1, jump = self.load(k, state)
         increments, memory = self.draw(t0, t1, memory)
         return self._advance(self.consts, y, inner, t0, t1, jump, increments)[:2], memory
 
-    def step(self, k: Array, state: PyTree[Array], ct: Running) -> Running:
+    def steps_back(self, k0: Array, count: Array, stored, ct: Running) -> Running:
+        """Pulls back through `count` steps from step k0 on; `stored(k)` is the state before step k."""
+
+        def step(i: Array, carry: tuple[Running, Loaded]):
+            ct, loaded = carry
+            k = k0 + count - 1 - i
+            ct = self.step(k, loaded, ct)
+            # Loaded ahead, a step is read once and not by each of its stages.
+            before = jnp.maximum(k - 1, k0)
+            return ct, self.load(before, stored(before))
+
+        last = jnp.maximum(k0 + count - 1, k0)
+        return jax.lax.fori_loop(0, count, step, (ct, self.load(last, stored(last))))[0]
+
+    def step(self, k: Array, loaded: Loaded, ct: Running) -> Running:
         """From the cotangents behind step k to those before it."""
         active = k < self.steps
-        y, inner = self.donors.lend(state)
-        t0, t1, jump = self.times(k)
+        y, inner, t0, t1, jump = loaded
         moving, fixed = eqx.partition(inner, eqx.is_inexact_array)
         increments, memory = self.draw(t0, t1, ct.memory)
         ct = ct._replace(memory=memory)

@@ -31,7 +31,7 @@ from nde.solvers.forward import choose
 from nde.solvers.hoist import Hoisted, Pool
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Start, Traced
-from nde.solvers.replay import Pull, Running, Trail, added, masked
+from nde.solvers.replay import Loaded, Pull, Running, Trail, added, masked
 from nde.solvers.reversible import AbstractReversibleSolver
 
 
@@ -229,7 +229,7 @@ class _Backward:
 
     def when(self, k: Array, memory: PyTree[Array]) -> tuple[When, PyTree[Array]]:
         """Step k of every lane, and the memory of the noise."""
-        t0, t1, jump = self.pull.times(k)
+        t0, t1, jump = self.pull.donors.lend(self.pull.times(k))
         increments, memory = self.pull.draw(t0, t1, memory)
         control = self.control(self.pull.consts, t0, t1, increments)
         return When(t0, t1, jump, control, increments), memory
@@ -245,12 +245,12 @@ class _Backward:
         def step(j, carry):
             (y, others), ct = carry
             k = k0 + length - 1 - j
-            t0, t1, jump = self.pull.times(k)
+            y, others, t0, t1, jump = self.pull.load(k, (y, others))
             increments, memory = self.pull.draw(t0, t1, ct.memory)
             ct, members = ct._replace(memory=memory), self.solver.members(y, others)
             members = self.retreat(self.pull.consts, members, t0, t1, jump, increments)
             before = choose(k < self.pull.steps, self.solver.split(members), (y, others))
-            return before, self.pull.step(k, before, ct)
+            return before, self.pull.step(k, Loaded(*before, t0, t1, jump), ct)
 
         return jax.lax.fori_loop(0, length, step, (end, ct))
 

@@ -1,0 +1,233 @@
+"""Regularizers against closed forms: rotations and linear fields, whose integrals are known."""
+
+import functools
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nde
+from nde import losses, regularizers
+from nde.solvers import DiscreteAdjoint, Estimates
+from nde.train import Batch
+
+KEY = jax.random.key(3)
+OMEGA, Y0, TS = 1.7, np.array([0.6, -0.8]), np.linspace(0.0, 2.0, 5)
+ROTATION = np.array([[0.0, -OMEGA], [OMEGA, 0.0]])
+TIGHT = dict(stepsize_controller=dfx.PIDController(rtol=1e-9, atol=1e-11))
+
+
+def linear(matrix, **options):
+    return nde.HybridODE(lambda t, y, p: p["A"] @ y, None, {"A": matrix}, **options)
+
+
+def decay(rate, **options):
+    return nde.HybridODE(lambda t, y, p: -p["a"] * y, None, {"a": rate}, **options)
+
+
+def test_estimates_are_those_of_the_solve():
+    model = linear(ROTATION)
+    for reduce in ("sum", "mean", "max"):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(model.vector_field), model.solver, TS[0], TS[-1], None, jnp.asarray(Y0),
+            stepsize_controller=model.stepsize_controller,
+            adjoint=DiscreteAdjoint(estimates=Estimates(reduce=reduce, series=True)),
+        )  # fmt: skip
+        error, stiffness = sol.stats["error_estimate"], sol.stats["stiffness_estimate"]
+        inputs = (jnp.asarray(TS), jnp.asarray(Y0))
+        values = {
+            regularizers.error_estimate: error,
+            regularizers.stiffness_estimate: stiffness,
+            regularizers.error_and_stiffness: error + 0.1 * stiffness,
+        }
+        for regularizer, expected in values.items():
+            solution, penalty = regularizer(model, *inputs, reduce=reduce)
+            np.testing.assert_allclose(penalty, expected, rtol=1e-12)
+            np.testing.assert_allclose(solution.ys, model(*inputs), rtol=1e-12)
+        steps = np.asarray(sol.stats["error_steps"])[: int(sol.stats["num_accepted_steps"])]
+        squares = getattr(np, reduce)(steps**2)
+        _, penalty = regularizers.error_estimate(model, *inputs, reduce=reduce, squared=True)
+        np.testing.assert_allclose(penalty, squares, rtol=1e-12)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("adjoint", [DiscreteAdjoint(), dfx.RecursiveCheckpointAdjoint()])
+def test_local_takes_one_step(biased, adjoint):
+    # A step of Heun from y has the error (a h)^2 y / 2; the state there is no function of a.
+    a, h = 1.3, 0.125
+    model = decay(
+        a, solver=dfx.Heun(), stepsize_controller=dfx.ConstantStepSize(), dt0=h, adjoint=adjoint
+    )
+
+    def penalty(model, key):
+        y0 = jnp.array([2.0])
+        return regularizers.local(model, jnp.asarray(TS), y0, key=key, biased=biased)[1]
+
+    keys = jax.random.split(KEY, 64)
+
+    @eqx.filter_jit
+    def both(model, keys):
+        arrays, rest = eqx.partition(model, eqx.is_array)
+        value = lambda arrays, key: penalty(eqx.combine(arrays, rest), key)
+        return jax.vmap(jax.value_and_grad(value), in_axes=(None, 0))(arrays, keys)
+
+    values, grads = both(model, keys)
+    np.testing.assert_allclose(grads.parameters["a"], 2 * values / a, rtol=1e-10)
+    starts = 2.0 * (1 - a * h + (a * h) ** 2 / 2) ** np.arange(16)
+    allowed = h * (a * h) ** 2 / 2 * starts
+    if biased:
+        nearest = np.min(np.abs(np.asarray(values)[:, None] - allowed), axis=1)
+        assert nearest.max() < 1e-14
+        assert len(np.unique(np.round(values, 12))) > 10
+    else:
+        times = TS[-1] * np.asarray(jax.vmap(jax.random.uniform)(keys))
+        steps = np.minimum(h, TS[-1] - times)  # not beyond the end
+        exact = steps**3 * a**2 / 2 * 2.0 * np.exp(-a * times)
+        np.testing.assert_allclose(values, exact, rtol=2e-2)
+
+
+def test_local_with_the_step_of_the_controller():
+    model = linear(ROTATION)
+    run = lambda key: regularizers.local(model, jnp.asarray(TS), jnp.asarray(Y0), key=key)[1]
+    values = jax.vmap(run)(jax.random.split(KEY, 8))
+    assert np.all(np.isfinite(values)) and np.all(values > 0)
+    stiffness = functools.partial(regularizers.local, of="stiffness")
+    _, penalty = stiffness(model, jnp.asarray(TS), jnp.asarray(Y0), key=KEY)
+    np.testing.assert_allclose(penalty, OMEGA / 3.5068, rtol=1e-9)
+
+
+@pytest.mark.parametrize("width", [None, 0.05])
+def test_steer_moves_times_and_keeps_their_order(width):
+    ts = jnp.array([0.0, 1.0, 1.1, 3.0, 3.5, 3.5, 3.5])  # padded
+    model = nde.HybridODE(lambda t, y, p: jnp.ones_like(y), None, {})  # y is the time
+    run = lambda key: regularizers.steer(model, ts, jnp.zeros(1), key=key, width=width)
+    solution, penalty = jax.jit(jax.vmap(run))(jax.random.split(KEY, 200))
+    times = np.asarray(solution.ys[..., 0])
+    assert not np.any(penalty)
+    assert np.all(np.diff(times, axis=1) >= -1e-12)
+    np.testing.assert_array_equal(times[:, 0], 0.0)
+    np.testing.assert_allclose(times[:, 4:], times[:, 4:5] * np.ones(3), atol=1e-12)
+    reach = np.array([0.05, 0.05, 0.25, 0.25]) if width is None else np.full(4, 0.05)
+    apart = np.abs(times[:, 1:5] - np.asarray(ts)[1:5]).max(axis=0)
+    assert np.all(apart <= reach + 1e-9) and np.all(apart > 0.9 * reach)
+
+
+def test_steer_of_an_end_time():
+    model = nde.HybridODE(lambda t, y, p: jnp.ones_like(y), None, {})
+    run = lambda key: regularizers.steer(model, jnp.array([0.0, 1.0]), jnp.zeros(1), key=key)[0].ys
+    ends = np.asarray(jax.vmap(run)(jax.random.split(KEY, 500)))[:, 1, 0]
+    assert 0.5 <= ends.min() < 0.52 and 1.48 < ends.max() <= 1.5
+    assert abs(ends.mean() - 1) < 0.04
+
+
+def test_kinetic_energy_and_jacobian_of_a_rotation():
+    model, inputs = linear(ROTATION, **TIGHT), (jnp.asarray(TS), jnp.asarray(Y0))
+    noise = jax.random.normal(jax.random.split(KEY, 1)[0], (2,), jnp.float64)
+    energy = TS[-1] * OMEGA**2 * np.sum(Y0**2) / 2
+    jacobian = TS[-1] * OMEGA**2 * float(noise @ noise) / 2
+    solution, penalty = regularizers.kinetic(model, *inputs, key=KEY, energy=0.3, jacobian=0.7)
+    np.testing.assert_allclose(penalty, 0.3 * energy + 0.7 * jacobian, rtol=1e-8)
+    np.testing.assert_allclose(solution.ys, model(*inputs), rtol=1e-12)
+    # The integral has no say in the steps.
+    assert solution.stats["num_steps"] == model.solve(*inputs).stats["num_steps"]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_total_derivatives(order):
+    model, inputs = linear(ROTATION, **TIGHT), (jnp.asarray(TS), jnp.asarray(Y0))
+    _, penalty = regularizers.taylor(model, *inputs, order=order)
+    expected = TS[-1] * OMEGA ** (2 * order) * np.sum(Y0**2) / 2
+    np.testing.assert_allclose(penalty, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("order, expected", [(2, 4 * 2.0**3 / 3), (3, 4 * 2.0), (4, 0.0)])
+def test_total_derivatives_in_time(order, expected):
+    model = nde.HybridODE(lambda t, y, p: t**2 * jnp.ones_like(y), None, {}, **TIGHT)
+    _, penalty = regularizers.taylor(model, jnp.asarray(TS), jnp.zeros(1), order=order)
+    np.testing.assert_allclose(penalty, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_a_loss_with_a_regularizer():
+    model = linear(ROTATION)
+    ts = jnp.broadcast_to(jnp.asarray(TS), (3, 5))
+    ys = jax.random.normal(KEY, (3, 5, 2))
+    mask, step = jnp.array([True, True, False]), jnp.array(5)
+    batch = Batch((ts, ys), mask, step)
+    plain, _ = losses.trajectory(model, batch, KEY)
+    schedule = regularizers.exponential_decay(100.0, 1.0, 10)
+    options = dict(regularizer=regularizers.error_estimate, coefficient=schedule)
+    loss, metrics = losses.trajectory(model, batch, KEY, **options)
+    each = [regularizers.error_estimate(model, ts[i], ys[i, 0])[1] for i in range(2)]
+    np.testing.assert_allclose(metrics["penalty"], np.mean(each), rtol=1e-9)
+    np.testing.assert_allclose(loss, plain + 10.0 * np.mean(each), rtol=1e-9)
+    for name in ("local", "kinetic", "taylor", "steer"):
+        options = dict(regularizer=getattr(regularizers, name), coefficient=0.1)
+        value = eqx.filter_value_and_grad(
+            lambda m, o=options: losses.trajectory(m, batch, KEY, **o)[0]
+        )
+        loss, grad = eqx.filter_jit(value)(model)
+        assert np.isfinite(loss) and np.all(np.isfinite(grad.parameters["A"]))
+
+
+def test_coefficients_decay_exponentially():
+    coefficient = regularizers.exponential_decay(100.0, 10.0, 50)
+    np.testing.assert_allclose(coefficient(jnp.array(0)), 100.0)
+    np.testing.assert_allclose(coefficient(jnp.array(25)), 1000.0**0.5)
+    np.testing.assert_allclose(coefficient(jnp.array(80)), 10.0)
+
+
+def test_a_batch_with_one_step_size():
+    field = nde.fields.MLPField(2, width=8, depth=1, key=KEY)
+    y0s = jax.random.normal(KEY, (4, 2))
+    one = nde.NeuralODE(field, **TIGHT)
+    whole = nde.NeuralODE(nde.fields.Batched(field), **TIGHT)
+    ts = jnp.asarray(TS)
+    solution, penalty = regularizers.error_estimate(whole, ts, y0s)
+    assert penalty.shape == () and solution.stats["num_steps"].shape == ()
+    expected = jax.vmap(one, in_axes=(None, 0))(ts, y0s)
+    np.testing.assert_allclose(jnp.swapaxes(solution.ys, 0, 1), expected, atol=1e-8)
+
+
+MISTAKES = {
+    "no estimates": (
+        lambda ts, y0: regularizers.error_estimate(
+            linear(ROTATION, adjoint=dfx.RecursiveCheckpointAdjoint()), ts, y0
+        ),
+        "RecursiveCheckpointAdjoint",
+    ),
+    "no stiffness": (
+        lambda ts, y0: regularizers.stiffness_estimate(
+            linear(ROTATION, solver=dfx.Bosh3()), ts, y0
+        ),
+        "Bosh3 has no stiffness estimate",
+    ),
+    "no local stiffness": (
+        lambda ts, y0: regularizers.local(
+            linear(ROTATION, solver=dfx.Bosh3()), ts, y0, key=KEY, of="stiffness"
+        ),
+        "Bosh3 has no stiffness estimate",
+    ),
+    "order": (
+        lambda ts, y0: regularizers.taylor(linear(ROTATION), ts, y0, order=0),
+        "`order` is 0",
+    ),
+    "width": (
+        lambda ts, y0: regularizers.steer(linear(ROTATION), ts, y0, key=KEY, width=-1.0),
+        "`width` is -1.0",
+    ),
+    "one time": (
+        lambda ts, y0: regularizers.steer(linear(ROTATION), ts[:1], y0, key=KEY),
+        "moves the second time",
+    ),
+    "decay": (lambda ts, y0: regularizers.exponential_decay(0.0, 1.0, 5), "positive coefficients"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name):
+    make, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        make(jnp.asarray(TS), jnp.asarray(Y0))
