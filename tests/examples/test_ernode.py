@@ -1,0 +1,104 @@
+"""Trial runs of the examples of regularized dynamics, and what their problems are."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nde.train import Batch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_every_method(example, model, data):
+    """A loss and its metrics come out of every method, without a compilation."""
+    batch = Batch(data, jnp.ones(len(data[0]), dtype=bool), jnp.asarray(0))
+    for name, method in example.METHODS.items():
+        loss = functools.partial(example.loss, method=method, steps=10)
+        value, metrics = eqx.filter_eval_shape(loss, model, batch, jax.random.key(0))
+        assert value.shape == () and {"nfe", "failed", "penalty"} < set(metrics), name
+
+
+def test_a_trial_run_of_digits_is_cheaper_with_a_strong_regularizer(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    example = load("ernode_digits")
+    monkeypatch.setattr(example, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.setattr(example, "TOLERANCE", 1e-8)
+    monkeypatch.setattr(example, "WIDTH", 16)
+    results = example.main(steps=44, plot=False, methods=("vanilla", "ERNODE 10"))
+    assert list(results) == ["vanilla", "ERNODE 10"] and not list(tmp_path.iterdir())
+    plain, cheap = results.values()
+    assert plain["entropy"] < 0.8 * np.log(10) and cheap["entropy"] < np.log(10)
+    assert plain["test"] > 0.7 and cheap["nfe"] < 0.8 * plain["nfe"]
+    table = capsys.readouterr().out
+    for row in results.values():
+        assert f"{row['test']:.1%}" in table and f"{row['nfe']:.1f}" in table
+    (images, labels), held = example.digits()
+    assert images.shape == (1408, 64) and images.min() == 0 and images.max() == 1
+    assert held[0].shape == (389, 64) and labels.max() == 9
+    check_every_method(example, example.Classifier(jax.random.key(0)), (images[:4], labels[:4]))
+
+
+def test_a_trial_run_of_the_latent_model_learns():
+    example = load("ernode_latent")
+    ts, xs = example.oscillators(64, 0)
+    assert np.all(np.diff(ts, axis=1) > 0) and np.all(ts[:, 0] == 0)
+    np.testing.assert_allclose(ts[:, -1], 1.0, rtol=1e-12)
+    results = example.main(steps=30, methods=("ERNODE",))
+    assert results["ERNODE"]["train"] < 0.9 * float(jnp.mean(xs**2))
+    assert 0 < results["ERNODE"]["test"] < float(jnp.mean(xs**2)) and results["ERNODE"]["nfe"] > 10
+    check_every_method(example, example.LatentODE(jax.random.key(0)), (ts[:4], xs[:4]))
+
+
+# Means and variances of u1 and u2 at four of the times, from 600,000 paths by another program.
+SPIRAL = {
+    6: ([0.546, 1.863], [0.0569, 0.0221]),
+    15: ([-1.658, 0.189], [0.0535, 0.561]),
+    24: ([-0.293, -1.327], [0.978, 0.248]),
+    29: ([0.572, -1.005], [0.916, 0.591]),
+}
+
+
+def test_the_spiral_has_its_known_moments():
+    means, variances = load("ernsde_spiral").true_moments(6000, seed=1)
+    for at, (mean, variance) in SPIRAL.items():
+        np.testing.assert_allclose(means[at], mean, atol=0.05)
+        np.testing.assert_allclose(variances[at], variance, atol=0.08)
+
+
+@pytest.mark.parametrize("fine", [True, False])
+def test_the_solver_of_the_example_gives_the_moments_of_the_spiral(fine):
+    example = load("ernsde_spiral")
+    drift = lambda cubes: jnp.array([[-0.1, -2.0], [2.0, -0.1]]) @ cubes
+    model = eqx.tree_at(
+        lambda model: (model.network, model.slope),
+        example.NeuralSpiral(jax.random.key(0)),
+        (drift, jnp.full(2, 0.2)),
+    )
+    ys, _ = example.simulate(model, jax.random.key(1), 1000, fine)
+    for at, (mean, variance) in SPIRAL.items():
+        np.testing.assert_allclose(ys[:, at].mean(axis=0), mean, atol=0.12)
+        np.testing.assert_allclose(ys[:, at].var(axis=0), variance, atol=0.15)
+
+
+def test_a_trial_run_of_the_spiral_is_cheaper_with_a_strong_regularizer(monkeypatch, capsys):
+    example = load("ernsde_spiral")
+    monkeypatch.setattr(example, "METHODS", {"vanilla": None, "ERNSDE": ("sum", 2.0)})
+    results = example.main(steps=24, plot=False, paths=16, judged=50)
+    plain, cheap = results["vanilla"], results["ERNSDE"]
+    assert cheap["nfe"] < 0.95 * plain["nfe"]
+    assert plain["train"] < 2.5  # 5 at the start
+    table = capsys.readouterr().out
+    assert f"{plain['nfe']:.1f}" in table and f"{cheap['variance']:.4f}" in table
