@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from nde import fields as fields
 from nde import losses as losses
+from nde import paths as paths
 from nde import regularizers as regularizers
 from nde import solvers as solvers
+from nde.cde import NeuralCDE as NeuralCDE
 from nde.hybrid import HybridODE as HybridODE
+from nde.linear_cde import LinearCDE as LinearCDE
+from nde.log_cde import LogNeuralCDE as LogNeuralCDE
 from nde.ode import NeuralODE as NeuralODE
 
 if TYPE_CHECKING:
@@ -21,10 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HybridODE",
+    "LinearCDE",
+    "LogNeuralCDE",
+    "NeuralCDE",
     "NeuralODE",
     "fields",
     "fit",
     "losses",
+    "paths",
     "plot",
     "regularizers",
     "solvers",

@@ -120,7 +120,13 @@ def test_constant_steps(name):
     assert error < EXACT
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+# One of every kind; the others share their code with one of them.
+QUICK = ("ReversibleHeun", "ALF(0.9)", "EES27", "Reversible(Bosh3)", "StormerVerlet")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SOLVERS]
+)
 def test_adaptive_steps(name):
     """Outputs between the steps as well, and a nonlinear one: un-stepped, then pulled back."""
     problem, solver = problem_of(name), SOLVERS[name]

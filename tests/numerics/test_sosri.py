@@ -167,14 +167,15 @@ LEVELS = [2.0**-3, 2.0**-4, 2.0**-5, 2.0**-6]
 @pytest.mark.parametrize(
     "paths, fine", [(600, 2**-7), pytest.param(4000, 2**-10, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("problem", ["geometric", "own noise"])
+@pytest.mark.parametrize("problem", ["geometric", "Ornstein-Uhlenbeck", "own noise"])
 def test_global_strong_order(problem, paths, fine):
     y0 = jnp.array([1.0, 0.5])
     if problem == "geometric":
         exact = lambda w: y0 * jnp.exp(0.5 - 0.32 + 0.8 * w)
         squares = coupled_errors(SOSRI(), GBM, y0, LEVELS, paths, exact, fine)
     else:
-        squares = coupled_errors(SOSRI(), OWN, y0, LEVELS, paths, None, fine / 2)
+        fields = OWN if problem == "own noise" else OU
+        squares = coupled_errors(SOSRI(), fields, y0, LEVELS, paths, None, fine / 2)
     order, low, high = strong_order(squares, LEVELS)
     band = 0.15 if paths >= 4000 else 0.2
     assert 1.5 - band <= order and low < 1.5 + band and high > 1.5 - band, (order, low, high)
