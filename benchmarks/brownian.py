@@ -3,7 +3,9 @@
 One round asks every path for the same kind of steps, one after the other, as a solver does: `steps`
 increments in a `jax.lax.scan`, for one path and for a batch through `jax.vmap`, float32. `even`
 steps are equal; `uneven` ones vary by 30 per cent around a 200th of the interval, as adaptive steps
-do. `solve` is a whole forward solve by diffrax with Heun's method. The peers:
+do. `solve` is a whole forward solve by diffrax with Heun's method; `adaptive`, one with adaptive steps
+(rtol = atol = 1e-3) by `DiscreteAdjoint` on ours and by diffrax's default on diffrax's path, and
+`adaptive gradient` its gradient with respect to y0. The peers:
 
     BrownianGrid.cell        ours, by the number of the step            (even)
     BrownianGrid             ours, by time                              (even)
@@ -33,7 +35,7 @@ import lineax as lx
 import measure
 import numpy as np
 
-from nde.solvers.brownian import BrownianGrid, BrownianInterval
+from nde.solvers import BrownianGrid, BrownianInterval, DiscreteAdjoint
 
 DEPTH = 20
 AREAS = {"W": diffrax.BrownianIncrement, "W, H": diffrax.SpaceTimeLevyArea}
@@ -45,6 +47,8 @@ TARGETS = {
     "uneven": [(1, ROUNDED, TREE, 0.4), (128, ROUNDED, TREE, 0.5)],
     "even": [(1, "BrownianGrid", HAND, 1.3), (128, "BrownianGrid", HAND, 1.3)],
     "solve": [(1, "BrownianGrid", TREE, 0.4), (128, "BrownianGrid", TREE, 0.4)],
+    "adaptive": [(1, "BrownianInterval", TREE, 0.4), (128, "BrownianInterval", TREE, 0.5)],
+    "adaptive gradient": [(1, "BrownianInterval", TREE, 0.4), (128, "BrownianInterval", TREE, 0.5)],
 }
 DRAWS_TARGET = 6.0
 
@@ -143,10 +147,53 @@ def solve(name: str, case: Case, area: Any) -> Callable:
     return run
 
 
+def adaptive(name: str, case: Case, area: Any) -> Callable:
+    """(key, step lengths) -> (end of a solve with adaptive steps, how many were tried), for one lane."""
+
+    def run(key, lengths, y0=1.0):
+        del lengths
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            diffrax.ControlTerm(
+                lambda t, y, args: lx.DiagonalLinearOperator(0.5 * jnp.cos(y)),
+                path_of(name, case, area, key),
+            ),
+        )
+        ours = name.startswith("Brownian")
+        solution = diffrax.diffeqsolve(
+            terms,
+            diffrax.Heun(),
+            t0=0.0,
+            t1=1.0,
+            dt0=0.01,
+            y0=jnp.full(case.size, y0, jnp.float32),
+            stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3),
+            max_steps=16 * case.steps,
+            adjoint=DiscreteAdjoint() if ours else diffrax.RecursiveCheckpointAdjoint(),
+        )
+        return solution.ys[-1], solution.stats["num_steps"]
+
+    return run
+
+
+def adaptive_gradient(name: str, case: Case, area: Any) -> Callable:
+    """The same for the gradient with respect to y0."""
+    run = adaptive(name, case, area)
+
+    def loss(y0, key, lengths):
+        y1, steps = run(key, lengths, y0)
+        return jnp.mean(y1**2), steps
+
+    return lambda key, lengths: jax.grad(loss, has_aux=True)(jnp.float32(1.0), key, lengths)
+
+
+RUNS = {"solve": solve, "adaptive": adaptive, "adaptive gradient": adaptive_gradient}
 NAMES = {
     "even": ("BrownianGrid.cell", "BrownianGrid", "BrownianInterval", TREE, UNSAFE, HAND),
     "uneven": (ROUNDED, "BrownianInterval", "BrownianInterval alone", TREE, UNSAFE),
     "solve": ("BrownianGrid", "BrownianInterval alone", TREE, UNSAFE),
+    "adaptive": ("BrownianInterval", TREE),
+    "adaptive gradient": ("BrownianInterval", TREE),
 }
 
 
@@ -158,14 +205,14 @@ def measure_case(kind: str, case: Case, area: str, rounds: int, seed: int) -> di
     for name in NAMES[kind]:
         if name == HAND and area != "W":
             continue
-        run = (solve if kind == "solve" else follow)(name, case, AREAS[area])
+        run = RUNS.get(kind, follow)(name, case, AREAS[area])
         if case.lanes == 1:
             compiled = jax.jit(run).lower(keys[0], lengths[0]).compile()
             calls[name] = lambda f=compiled: f(keys[0], lengths[0])
         else:
             compiled = jax.jit(jax.vmap(run)).lower(keys, lengths).compile()
             calls[name] = lambda f=compiled: f(keys, lengths)
-        if name in ("BrownianInterval", ROUNDED):
+        if name in ("BrownianInterval", ROUNDED) and kind not in RUNS:
             draws[name] = float(jnp.mean(calls[name]()[1]))
     seconds = measure.interleaved(calls, rounds)
     micro = {name: 1e6 * statistics.median(s) / case.steps for name, s in seconds.items()}
@@ -200,7 +247,7 @@ def main() -> None:
     steps, rounds = (20, 2) if args.quick else (200, 15)
     reports = []
     for kind in NAMES:
-        for area in AREAS:
+        for area in ("W",) if kind.startswith("adaptive") else AREAS:
             for lanes in (1, 128):
                 report = measure_case(kind, Case(steps, 4, lanes), area, rounds, args.seed)
                 reports.append(report)

@@ -178,7 +178,10 @@ def test_global_strong_order(problem, paths, fine):
         squares = coupled_errors(SOSRI(), fields, y0, LEVELS, paths, None, fine / 2)
     order, low, high = strong_order(squares, LEVELS)
     band = 0.15 if paths >= 4000 else 0.2
-    assert 1.5 - band <= order and low < 1.5 + band and high > 1.5 - band, (order, low, high)
+    # Additive noise and a linear drift leave nothing between W, its integral and h^(5/2).
+    stated = 2.0 if problem == "Ornstein-Uhlenbeck" else 1.5
+    assert stated - band <= order, (order, low, high)
+    assert low < stated + band and high > stated - band, (order, low, high)
 
 
 def test_noise_that_is_not_own_noise_has_strong_order_one_half():
