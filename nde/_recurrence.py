@@ -10,8 +10,7 @@ so the backward pass keeps M and h, whatever the way forwards keeps.
 
 `sequential`    one product of matrix and vector per time, O(n b^2) work in each block
 `parallel`      an associative scan of (M, v), O(n b^3) work in O(log n) dependent passes
-`by_platform`   `sequential` on a CPU, where the work counts, and `parallel` elsewhere, where the
-                number of dependent passes does
+`by_platform`   `sequential` on a CPU, which has few cores for the extra work; `parallel` elsewhere
 
 Blocks stand in the last axis, so that for small blocks every operation is elementwise over lanes.
 """
@@ -24,7 +23,7 @@ from jaxtyping import Array, Float
 
 Matrices = Float[Array, "times block block blocks"]
 Vectors = Float[Array, "times block blocks"]
-UNROLLED = 8  # largest block written out; above it a batched product is faster
+UNROLLED = 8  # largest block written out: the text of a product grows with it
 
 
 def product(

