@@ -39,10 +39,10 @@ METHODS = {
     "STEER": (functools.partial(regularizers.steer, width=0.5), 1.0, 1.0),
     "TayNODE": (functools.partial(regularizers.taylor, order=3), 1e-2, 1e-2),
     "SRNODE": (regularizers.stiffness_estimate, 0.1, 0.1),
+    "ERNODE 0.03": (ERNODE, 0.3, 0.03),
     "ERNODE 0.1": (ERNODE, 1.0, 0.1),
     "ERNODE": (ERNODE, 10.0, 1.0),
-    "ERNODE 10": (ERNODE, 100.0, 10.0),
-    "local, unbiased": (regularizers.local, 10.0, 1.0),
+    "local, unbiased": (regularizers.local, 100.0, 10.0),
     "local, biased": (functools.partial(regularizers.local, biased=True), 10.0, 1.0),
 }
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "ernode_digits.png"
@@ -168,13 +168,14 @@ def picture(results):
     """Evaluations of a prediction against test accuracy; ERNODE as a line over its strengths."""
     import matplotlib.pyplot as plt
 
+    point = lambda row: (row["nfe"], 100 * row["test"])
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    line = [row for name, row in results.items() if name.startswith(("vanilla", "ERNODE"))]
-    ax.plot([row["nfe"] for row in line], [100 * row["test"] for row in line], color="#EE7733")
-    for name, row in results.items():
-        ours = name.startswith("ERNODE")
-        ax.plot(row["nfe"], 100 * row["test"], "o", color="#EE7733" if ours else "#4477AA")
-        ax.annotate(name, (row["nfe"], 100 * row["test"]), (4, 4), textcoords="offset points")
+    curve = {name: row for name, row in results.items() if name.startswith(("vanilla", "ERNODE"))}
+    ax.plot(*zip(*map(point, curve.values()), strict=True), color="#EE7733", zorder=0)
+    for (name, row), marker in zip(results.items(), "ov^sDDDP*", strict=False):
+        color = "#EE7733" if name in curve else "#4477AA"
+        ax.plot(*point(row), marker, ms=7, color=color, alpha=0.8, label=name)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.set(xlabel="evaluations of a prediction (NFE)", ylabel="test accuracy, %")
     ax.spines[["top", "right"]].set_visible(False)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)

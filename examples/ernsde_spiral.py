@@ -8,7 +8,7 @@ starts at (2, 0). A neural SDE is trained until the mean and the variance of its
 those of the spiral, once plain and once with the error estimates of its own solver, an adaptive
 SOSRI, in the loss (ERNSDE). Each is then judged by paths on a fine grid.
 
-*Gotcha: a mean over 100 paths is itself noise. Its error is a tenth of the standard deviation, so
+*Gotcha: a mean over 64 paths is itself noise. Its error is an eighth of the standard deviation, so
 the training loss cannot fall to zero, and models are compared on many paths on a fine grid.*
 
 Source: A. Pal et al., Opening the Blackbox (2021) | arXiv:2105.03918
@@ -32,13 +32,15 @@ from nde import regularizers
 from nde.solvers import SOSRI, BrownianGrid, BrownianInterval, DiscreteAdjoint
 
 START = (2.0, 0.0)
-TS = np.linspace(0.0, 1.0, 30)
+# Multiples of 1/32: a step that ends there ends there exactly. The last bit of another number could
+# leave a step too short for the path to resolve, which is rejected for ever.
+TS = np.linspace(0.0, 1.0, 33)
 TOLERANCE = 1e-2  # of the adaptive steps, relative and absolute
 FINE = 20  # cells of the fine grid between two saved times
 # name -> (reduction of E h over the steps, its weight in the loss); None: no regularizer
-METHODS = {"vanilla": None, "ERNSDE": ("sum", 0.2), "ERNSDE, stronger": ("sum", 2.0)}
+METHODS = {"vanilla": None, "ERNSDE": ("sum", 0.2)}
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "ernsde_spiral.png"
-COLORS = dict(zip(METHODS, ("#4477AA", "#EE7733", "#228833"), strict=True))
+COLORS = dict(zip(METHODS, ("#4477AA", "#EE7733"), strict=True))
 
 
 def true_moments(paths, seed, cells=12):
@@ -160,21 +162,24 @@ def train(moments, method, *, steps, paths, seed):
 
 @eqx.filter_jit
 def simulate(model, key, paths, fine):
-    """Paths, shape (paths, times, 2), and the mean number of evaluations."""
-    solutions = jax.vmap(lambda k: model.solve(k, fine=fine))(jax.random.split(key, paths))
-    return solutions.ys, jnp.mean(solutions.stats["nfe"].astype(float))
+    """Paths, shape (paths, times, 2), their mean number of evaluations, and how many failed."""
+    solve = lambda key: model.solve(key, throw=False, fine=fine)
+    solutions = jax.vmap(solve)(jax.random.split(key, paths))
+    failed = jnp.sum(solutions.result != diffrax.RESULTS.successful)
+    return solutions.ys, jnp.mean(solutions.stats["nfe"].astype(float)), failed
 
 
 def report(model, history, moments, paths, seed):
     """Errors of the moments on the fine grid, NFE of adaptive paths, seconds of training."""
-    ys, _ = simulate(model, jax.random.key(seed + 2), paths, True)
+    ys, _, _ = simulate(model, jax.random.key(seed + 2), paths, True)
     mean, variance = moment_errors(ys, *(jnp.asarray(moment, dtype=float) for moment in moments))
-    _, nfe = simulate(model, jax.random.key(seed + 3), paths, False)
+    _, nfe, failed = simulate(model, jax.random.key(seed + 3), paths, False)
     return {
         "train": float(history["moments"][-max(1, len(history) // 10) :].mean()),
         "mean": float(jnp.sqrt(mean)),
         "variance": float(jnp.sqrt(variance)),
         "nfe": float(nfe),
+        "failed": int(failed),
         "seconds": history.seconds,
     }
 
@@ -201,7 +206,7 @@ def picture(moments, models, paths, seed):
 
 
 def main(
-    steps: int = 250, plot: bool = True, *, paths: int = 100, judged: int = 2000, seed: int = 0
+    steps: int = 250, plot: bool = True, *, paths: int = 64, judged: int = 1000, seed: int = 0
 ) -> dict:
     """Train plain and regularized, print the table, save the picture; errors and NFE by method."""
     moments = true_moments(10 * judged, seed)
@@ -211,10 +216,10 @@ def main(
     }
     results = {name: report(*run, moments, judged, seed) for name, run in models.items()}
     head = ("train loss", "error, mean", "variance", "NFE", "seconds")
-    print(f"{'':<18}" + "".join(f"{title:>13}" for title in head))
+    print(f"{'':<10}" + "".join(f"{title:>13}" for title in head))
     for name, row in results.items():
         errors = f"{row['train']:>13.4f}{row['mean']:>13.4f}{row['variance']:>13.4f}"
-        print(f"{name:<18}{errors}{row['nfe']:>13.1f}{row['seconds']:>13.1f}")
+        print(f"{name:<10}{errors}{row['nfe']:>13.1f}{row['seconds']:>13.1f}")
     if plot:
         picture(moments, models, judged, seed)
     return results
