@@ -1,0 +1,65 @@
+"""The example: its languages, what its structures can hold, and a trial run of the whole script."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "linear_cde.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("linear_cde_example", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name, size", [("parity", 2), ("A5", 60)])
+def test_the_table_is_a_group_generated_by_its_two_tokens(example, name, size):
+    table, tokens = example.group(name)
+    assert table.shape == (size, size)
+    np.testing.assert_array_equal(table[0], np.arange(size))  # 0 is the identity
+    assert all(len(set(row)) == size for row in [*table, *table.T])
+    a, b, c = np.random.default_rng(0).integers(0, size, (3, 100))
+    np.testing.assert_array_equal(table[table[a, b], c], table[a, table[b, c]])
+    reached = {0}
+    while len(reached | {int(table[t, r]) for t in tokens for r in reached}) > len(reached):
+        reached |= {int(table[t, r]) for t in tokens for r in reached}
+    assert len(reached) == size
+
+
+def test_the_answers_are_those_of_permutations(example):
+    tokens, products = example.words("A5", 5, 12, seed=3)
+    cycles = np.array([[1, 2, 0, 3, 4], [1, 2, 3, 4, 0]])
+    seen = {}
+    for word, answers in zip(np.argmax(tokens, axis=-1), np.asarray(products), strict=True):
+        state = np.arange(5)
+        for token, answer in zip(word, answers, strict=True):
+            state = cycles[token][state]
+            assert seen.setdefault(int(answer), tuple(state)) == tuple(state)
+    assert len(set(seen.values())) == len(seen) > 10
+
+
+def test_parity_is_a_matter_of_sign(example):
+    """A diagonal learns it with entries that can be negative, and not with exponentials."""
+    ends = [
+        example.train("parity", 1, step, steps=300, seeds=1)[0, -1]
+        for step in (example.first_order, example.exponential)
+    ]
+    assert ends[0] > 0.95
+    assert ends[1] < 0.7
+
+
+def test_a_trial_run_reports_every_model_and_writes_nothing(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(example, "PICTURE", tmp_path / "picture.png")
+    results = example.main(steps=2, plot=False, seeds=1)
+    assert list(results) == [(name, model) for name in example.CLASSES for model in example.MODELS]
+    assert not list(tmp_path.iterdir())
+    lines = capsys.readouterr().out.splitlines()
+    for (name, model), row in results.items():
+        line = next(line for line in lines if line.startswith(f"{name}, {model}"))
+        assert f"{row['short']:.3f}" in line and f"{row['long']:.3f}" in line
+        assert row["long_worst"] <= row["long"] <= row["long_best"]
