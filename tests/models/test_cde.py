@@ -179,25 +179,27 @@ def test_padding_and_neighbors_change_no_output_and_no_gradient():
     series = [(TIMES, GAPS), (TIMES[:5], GAPS[:5])]
     ts, ys, mask, lengths = paths.pad_series(series)
     ts, ys = jnp.where(mask, ts, jnp.nan), jnp.where(mask[..., None], ys, 1e30)
-    model = neural()
-    control = jax.jit(jax.vmap(paths.hermite_cubic))(ts, ys, lengths)
-    found = eqx.filter_jit(jax.vmap(lambda path: (model(path), model.trajectory(path))))(control)
-    for lane, (t, y) in enumerate(series):
-        path = make(t, y)
-        np.testing.assert_allclose(found[0][lane], run(model, path), atol=1e-12)
-        np.testing.assert_allclose(found[1][lane, : len(t)], along(model, path), atol=1e-12)
-        for row in found[1][lane, len(t) :]:
-            np.testing.assert_array_equal(row, found[1][lane, len(t) - 1])
 
     @eqx.filter_jit
-    @eqx.filter_grad
-    def slope(model, series):
-        return sum(jnp.sum(model(paths.hermite_cubic(*each)) ** 2) for each in series)
+    @eqx.filter_grad(has_aux=True)
+    def slope(model, ts, ys, lengths):
+        control = jax.vmap(paths.hermite_cubic)(ts, ys, lengths)
+        outputs = jax.vmap(model)(control)
+        return jnp.sum(outputs**2), (outputs, jax.vmap(model.trajectory)(control))
 
-    padded = slope(model, list(zip(ts, ys, lengths, strict=True)))
-    alone = slope(model, [(jnp.asarray(t), jnp.asarray(y)) for t, y in series])
-    for a, b in zip(jax.tree.leaves(padded), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    model, gradients = neural(), []
+    found, (ends, rows) = slope(model, ts, ys, lengths)
+    for lane, (t, y) in enumerate(series):
+        size = len(t)
+        alone = jnp.asarray(t)[None], jnp.asarray(y)[None], jnp.asarray([size])
+        gradient, (end, row) = slope(model, *alone)
+        gradients.append(jax.tree.leaves(gradient))
+        np.testing.assert_allclose(ends[lane], end[0], atol=1e-12)
+        np.testing.assert_allclose(rows[lane, :size], row[0], atol=1e-12)
+        for repeated in rows[lane, size:]:
+            np.testing.assert_array_equal(repeated, rows[lane, size - 1])
+    for a, *parts in zip(jax.tree.leaves(found), *gradients, strict=True):
+        np.testing.assert_allclose(a, sum(parts), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("interpolation, layers", [(paths.rectilinear, 1), (paths.linear, 2)])
