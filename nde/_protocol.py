@@ -110,7 +110,8 @@ def solve_ode(
     y0 = model.lift(y0)
     check_precision(model.stepsize_controller, y0)
     check_vector_field(model.vector_field, ts[0], y0, args)
-    field, controller, read = model.vector_field, model.stepsize_controller, model.read
+    field: Any = model.vector_field
+    controller, read = model.stepsize_controller, model.read
     if integrand is not None:
         pair = _Pair(model, integrand)
         field, controller, read = pair.vector_field, _blind(controller), pair.read

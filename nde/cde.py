@@ -94,7 +94,8 @@ class NeuralCDE(AbstractODE):
 
     def __call__(self, control: AbstractControl, args: PyTree[Any] = None) -> PyTree[Array]:
         """The output at the end of the path."""
-        return self.read(self.solve(control, args=args).ys[-1], control)
+        states: Any = self.solve(control, args=args).ys
+        return self.read(states[-1], control)
 
     def trajectory(
         self,
@@ -150,14 +151,15 @@ class NeuralCDE(AbstractODE):
         """
         check_control(control, self.causal)
         matrix = self._matrix(control)
-        return solve_cde(self, matrix, control, z, None, args, throw=True).ys[-1]
+        states: Any = solve_cde(self, matrix, control, z, None, args, throw=True).ys
+        return states[-1]
 
     def read(self, z: Float[Array, " state"], control: AbstractControl) -> PyTree[Array]:
         """The output of hidden states: `readout` of the last layer."""
         return self.readout(z[z.shape[0] - self._sizes(control)[-1] :])
 
     def _layers(self) -> tuple[tuple[Callable, ...], tuple[Callable, ...]]:
-        def several(part):
+        def several(part: Any) -> tuple[Callable, ...]:
             return tuple(part) if isinstance(part, tuple | list) else (part,)
 
         return several(self.vector_field), several(self.initial)

@@ -30,6 +30,7 @@ Reference:  Structured linear CDEs: maximally expressive and parallel-in-time se
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -82,10 +83,11 @@ def exponential(
     powers = (x, x2, x3, x4)
     # Taylor's series of exp(x) - 1 up to x^12, in x^4 (Paterson and Stockmeyer).
     weights = 1 / np.cumprod(np.arange(1.0, 13.0))
-    low, middle, high = (
+    parts: Any = [
         sum(float(w) * power for w, power in zip(row, powers, strict=True))
         for row in weights.reshape(3, 4)
-    )
+    ]
+    low, middle, high = parts
     rest = low + product(x4, middle + product(x4, high))
     # exp(2x) - 1 = 2e + e^2 with e = exp(x) - 1: nothing is lost where x is small.
     for _ in range(squarings):

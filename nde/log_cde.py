@@ -84,7 +84,8 @@ class LogNeuralCDE(AbstractODE):
 
     def __call__(self, control: LogSignaturePath, args: PyTree[Any] = None) -> PyTree[Array]:
         """The output at the end of the path."""
-        return self.readout(self.solve(control, args=args).ys[-1])
+        states: Any = self.solve(control, args=args).ys
+        return self.readout(states[-1])
 
     def trajectory(
         self,

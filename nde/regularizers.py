@@ -327,7 +327,7 @@ def _stiffness(model: Any, solution: diffrax.Solution) -> Float[Array, ""]:
 
 
 def _integrated(model: AbstractODE, ts, y0, args, integrand: Callable) -> Penalized:
-    solution = solve_ode(model, ts, y0, args, throw=False, integrand=integrand)
+    solution: Any = solve_ode(model, ts, y0, args, throw=False, integrand=integrand)
     ys, integral = solution.ys
     solution = eqx.tree_at(lambda s: s.ys, solution, ys)
     return solution, integral[-1]
@@ -342,7 +342,7 @@ def _mean_square(tree: PyTree[Array]) -> Float[Array, ""]:
 def _drawn_step(model: AbstractODE, ts, y0, args, key):
     """The solution, and the start, end and first state of one of its steps, each as likely."""
     also = diffrax.SubSaveAt(t0=True, steps=True)
-    solution = solve_ode(model, ts, y0, args, throw=False, also=also)
+    solution: Any = solve_ode(model, ts, y0, args, throw=False, also=also)
     steps = jnp.maximum(solution.stats["num_accepted_steps"], 1)
     j = jax.random.randint(key, (), 0, steps)
     (_, times), (_, states) = solution.ts, solution.ys
@@ -353,11 +353,11 @@ def _drawn_time(model: AbstractODE, ts, y0, args, key):
     """The solution, a time between its ends, each as likely, and the state there."""
     t = ts[0] + (ts[-1] - ts[0]) * jax.random.uniform(key, (), ts.dtype)
     also = diffrax.SubSaveAt(ts=t[None])
-    solution = solve_ode(model, ts, y0, args, throw=False, also=also)
+    solution: Any = solve_ode(model, ts, y0, args, throw=False, also=also)
     return _first(solution), t, jax.tree.map(lambda x: x[0], solution.ys[1])
 
 
-def _first(solution: diffrax.Solution) -> diffrax.Solution:
+def _first(solution: Any) -> diffrax.Solution:
     """A solution that was saved twice, without the second."""
     return eqx.tree_at(lambda s: (s.ts, s.ys), solution, (solution.ts[0], solution.ys[0]))
 

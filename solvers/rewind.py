@@ -250,7 +250,7 @@ class _Backward:
             ct, members = ct._replace(memory=memory), self.solver.members(y, others)
             members = self.retreat(self.pull.consts, members, t0, t1, jump, increments)
             before = choose(k < self.pull.steps, self.solver.split(members), (y, others))
-            return before, self.pull.step(k, Loaded(*before, t0, t1, jump), ct)
+            return before, self.pull.step(k, Loaded(before[0], before[1], t0, t1, jump), ct)
 
         return jax.lax.fori_loop(0, length, step, (end, ct))
 
