@@ -151,9 +151,9 @@ def picture(curves):
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("fraction right")
     axes[0].text(LENGTH - 0.5, 0.03, "length in training", ha="right", color="0.4", fontsize=8)
-    fig.legend(
-        *axes[0].get_legend_handles_labels(), ncols=5, loc="outside upper left", frameon=False
-    )
+    handles = axes[0].get_legend_handles_labels()
+    style = {"frameon": False, "fontsize": 9, "columnspacing": 1.2}
+    fig.legend(*handles, ncols=len(MODELS), loc="outside upper center", **style)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(PICTURE, dpi=150)
     plt.close(fig)
