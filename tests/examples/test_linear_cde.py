@@ -43,6 +43,7 @@ def test_the_answers_are_those_of_permutations(example):
     assert len(set(seen.values())) == len(seen) > 10
 
 
+@pytest.mark.slow
 def test_parity_is_a_matter_of_sign(example):
     """A diagonal learns it with entries that can be negative, and not with exponentials."""
     ends = [
