@@ -194,8 +194,8 @@ def main() -> None:
     seeds, quick = options.seeds, options.quick
     work = {
         "step": ft.partial(step_times, *((5, 3) if quick else (400, 61))),
-        "digits": ft.partial(digits, *((2, 5, 3) if quick else (seeds, 600, 21))),
-        "spiral": ft.partial(spiral, *((2, 3, 8, 20) if quick else (seeds, 250, 64, 1000))),
+        "digits": ft.partial(digits, *((1, 5, 3) if quick else (seeds, 600, 21))),
+        "spiral": ft.partial(spiral, *((1, 3, 8, 20) if quick else (seeds, 250, 64, 1000))),
     }
     unknown = set(options.parts) - set(work)
     if unknown:

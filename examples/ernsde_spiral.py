@@ -9,7 +9,8 @@ those of the spiral, once plain and once with the error estimates of its own sol
 SOSRI, in the loss (ERNSDE). Each is then judged by paths on a fine grid.
 
 *Gotcha: a mean over 64 paths is itself noise. Its error is an eighth of the standard deviation, so
-the training loss cannot fall to zero, and models are compared on many paths on a fine grid.*
+the training loss cannot fall to zero. And adaptive steps at a loose tolerance have moments of their
+own. So models are compared by many paths on a fine grid.*
 
 Source: A. Pal et al., Opening the Blackbox (2021) | arXiv:2105.03918
 """
@@ -226,7 +227,7 @@ def main(
 
 
 # *What to take away*: the solver already knows how hard a path was; asking for easy ones costs
-# nothing forward, and the moments stay what they were.
+# nothing forward, and the moments change little.
 # *Next*: the same for ordinary equations, `ernode_digits.py`.
 
 if __name__ == "__main__":

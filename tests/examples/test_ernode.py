@@ -81,8 +81,7 @@ def test_the_spiral_has_its_known_moments(monkeypatch):
         np.testing.assert_allclose(variances[at], variance, atol=0.08)
 
 
-@pytest.mark.parametrize("fine", [True, False])
-def test_the_solver_of_the_example_ends_with_the_moments_of_the_spiral(fine):
+def test_paths_on_the_fine_grid_end_with_the_moments_of_the_spiral():
     example = load("ernsde_spiral")
     drift = lambda cubes: jnp.array([[-0.1, -2.0], [2.0, -0.1]]) @ cubes
     model = eqx.tree_at(
@@ -90,7 +89,7 @@ def test_the_solver_of_the_example_ends_with_the_moments_of_the_spiral(fine):
         example.NeuralSpiral(jax.random.key(0)),
         (drift, jnp.full(2, 0.2)),
     )
-    ys, _, failed = example.simulate(model, jax.random.key(1), 1000, fine)
+    ys, _, failed = example.simulate(model, jax.random.key(1), 1000, True)
     assert failed == 0
     mean, variance = SPIRAL[29]
     np.testing.assert_allclose(ys[:, -1].mean(axis=0), mean, atol=0.12)
