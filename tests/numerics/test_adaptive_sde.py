@@ -31,7 +31,9 @@ def errors(tolerance, seed=0):
         found = sol.ys[-1]
         return found - exact, found**2 - exact**2, sol.stats["num_accepted_steps"]
 
-    return [np.asarray(x) for x in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), PATHS))]
+    return [
+        np.asarray(x) for x in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), PATHS))
+    ]
 
 
 def test_paths_converge_and_moments_are_unbiased():

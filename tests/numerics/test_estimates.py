@@ -102,7 +102,11 @@ def test_stability_limits():
 
 CASES = {
     "Tsit5": (DiscreteAdjoint, dfx.Tsit5(), NAMES),
-    "Kvaerno3": (DiscreteAdjoint, dfx.Kvaerno3(root_finder=optx.Newton(rtol=1e-12, atol=1e-12)), NAMES[:1]),
+    "Kvaerno3": (
+        DiscreteAdjoint,
+        dfx.Kvaerno3(root_finder=optx.Newton(rtol=1e-12, atol=1e-12)),
+        NAMES[:1],
+    ),
     "HalfSolver": (DiscreteAdjoint, dfx.HalfSolver(dfx.Euler()), NAMES[:1]),
     "ReversibleHeun": (ReversibleAdjoint, ReversibleHeun(), NAMES[:1]),
     "Reversible": (ReversibleAdjoint, Reversible(dfx.Bosh3()), NAMES[:1]),
