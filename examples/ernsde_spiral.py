@@ -227,7 +227,7 @@ def main(
 
 
 # *What to take away*: the solver already knows how hard a path was; asking for easy ones costs
-# nothing forward, and the moments change little.
+# nothing forward. What it costs in the moments stands in the table.
 # *Next*: the same for ordinary equations, `ernode_digits.py`.
 
 if __name__ == "__main__":

@@ -142,9 +142,10 @@ def local(
         args: Passed to the vector field.
         key: Of the time that is drawn.
         of: Which estimate: E h, or S.
-        biased: Whether to draw one of the solver's steps, so more often where they are small.
-            Otherwise the time is uniform on [ts[0], ts[-1]], and the step the one the
-            controller would begin with there.
+        biased: Whether to draw one of the solver's steps, so more often where they are small; keeps
+            the states of all of them, `max_steps` at most. Otherwise the time is uniform on
+            [ts[0], ts[-1]], and the step the one the controller would begin with there: with
+            `dt0=None` a cautious one, whose small estimate asks for a large coefficient.
 
     Raises:
         ValueError: for a solver without that estimate, or times of which none lies inside.
