@@ -192,6 +192,8 @@ def stop_bad_start(start: Start, dt0: Array | None, throw: bool) -> Start:
         result = jnp.where(fault.holds, code(fault.result), result)
     if throw:
         messages = [fault.message for fault in faults]
-        is_bad, first = first < len(faults), jnp.minimum(first, len(faults) - 1)
+        # A batch reports the largest number of its lanes, so a good lane must have the smallest.
+        is_bad = first < len(faults)
+        first = jnp.where(is_bad, first, 0)
         start = start._replace(t1=eqx.branched_error_if(start.t1, is_bad, first, messages))
     return start._replace(result=result)

@@ -50,6 +50,7 @@ def test_spirals_reach_what_is_claimed():
     assert results[0.0]["accuracy"] == 1.0 and results[0.7]["accuracy"] >= 0.97
 
 
+@pytest.mark.slow
 def test_a_trial_run_of_digits():
     pytest.importorskip("sklearn")
     example = load("cde_digits")
@@ -61,6 +62,7 @@ def test_a_trial_run_of_digits():
     assert list(results) == [0.5] and results[0.5]["regression"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_trial_run_of_the_long_series():
     example = load("log_ode_long")
     results = example.main(steps=3, length=64, window=16)

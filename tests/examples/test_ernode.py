@@ -52,6 +52,7 @@ def test_a_trial_run_of_digits_is_cheaper_with_a_strong_regularizer(tmp_path, mo
     check_every_method(example, example.Classifier(jax.random.key(0)), (images[:4], labels[:4]))
 
 
+@pytest.mark.slow
 def test_a_trial_run_of_the_latent_model_learns():
     example = load("ernode_latent")
     ts, xs = example.oscillators(64, 0)
@@ -96,6 +97,7 @@ def test_paths_on_the_fine_grid_end_with_the_moments_of_the_spiral():
     np.testing.assert_allclose(ys[:, -1].var(axis=0), variance, atol=0.15)
 
 
+@pytest.mark.slow
 def test_a_trial_run_of_the_spiral_learns(monkeypatch, capsys):
     example = load("ernsde_spiral")
     monkeypatch.setattr(example, "METHODS", {"ERNSDE": example.METHODS["ERNSDE"]})

@@ -163,7 +163,7 @@ def test_a_loss_with_a_regularizer():
     each = [regularizers.error_estimate(model, ts[i], ys[i, 0])[1] for i in range(2)]
     np.testing.assert_allclose(metrics["penalty"], np.mean(each), rtol=1e-9)
     np.testing.assert_allclose(loss, plain + 10.0 * np.mean(each), rtol=1e-9)
-    for name in ("local", "kinetic", "taylor", "steer"):
+    for name in ("local", "steer"):
         options = dict(regularizer=getattr(regularizers, name), coefficient=0.1)
         value = eqx.filter_value_and_grad(
             lambda m, o=options: losses.trajectory(m, batch, KEY, **o)[0]

@@ -162,7 +162,14 @@ SAVES = {
 }  # fmt: skip
 
 
-FORWARDS = [(name, save, 1) for name in CONTROLLERS for save in SAVES]
+# Every controller once and every `SaveAt` once; the other pairs with `-m slow`.
+FORWARDS = [
+    (name, save, 1)
+    if save == "all" or name == "pid"
+    else pytest.param(name, save, 1, marks=pytest.mark.slow)
+    for name in CONTROLLERS
+    for save in SAVES
+]
 BACKWARDS = [(name, "all", -1) for name in ("constant", "pid", "jump_ts")]
 
 

@@ -45,7 +45,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("direction", [1, pytest.param(-1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_is_that_of_diffrax_over_the_same_steps(name, direction):
     """diffrax asks the path anew at every step, forwards and backwards."""

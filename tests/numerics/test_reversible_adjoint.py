@@ -160,7 +160,9 @@ def test_a_thousand_steps(every):
     assert error < EXACT
 
 
-@pytest.mark.parametrize("name", ["Reversible(Tsit5)", "EES27", "Yoshida4"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("Reversible(Tsit5)", marks=pytest.mark.slow), "EES27", "Yoshida4"]
+)
 def test_a_thousand_steps_of_the_others(name):
     """The default. What the damping of the coupling amplifies is replayed where it must be."""
     problem = problem_of(name)
@@ -211,7 +213,7 @@ def diagonal(t, y, args):
     [
         ("ReversibleHeun", matrix, None),
         ("EES25", diagonal, 32),
-        ("Reversible(Midpoint)", matrix, 8),
+        pytest.param("Reversible(Midpoint)", matrix, 8, marks=pytest.mark.slow),
     ],
 )
 def test_stochastic_equations(name, diffusion, every):
