@@ -14,7 +14,7 @@ redo the rest.
 With p = 2^e (odd), the branch of p has depth - e nodes: a time with few significant bits is found
 high up.
 
-In code:    row l + 1 of `rows` -> both halves of the node at level l on the branch; row 0 -> the root
+In code:    row l + 1 of `halves` -> both halves of the node at level l on the branch; row 0 -> the root
             levels(p) -> number of nodes on the branch of p; shared(p, q) -> length of the prefix
 Lanes:      under `vmap` the loops run over the levels that any lane needs, so that the level, and
             the row written, is one number for all lanes: a row is written in place, not scattered.
@@ -41,19 +41,33 @@ class Place(NamedTuple):
     fraction: Float[Array, ""]
 
 
+class Halves(NamedTuple):
+    """(W,) or (W, H) of the left and of the right half of a node; or of many, one row a level."""
+
+    left: bridge.Node
+    right: bridge.Node
+
+    def side(self, right: Bool[Array, ""]) -> bridge.Node:
+        """One of the two."""
+        return _where(right, self.right, self.left)
+
+    def row(self, level) -> "Halves":
+        """Those of one level."""
+        return jax.tree.map(lambda x: x[level], self)
+
+
 class Branch(eqx.Module):
     """What a walk remembers: where it stands and the nodes above. A cache: it changes the cost, not
     the result.
 
     Args:
         place: Where the walk stands.
-        rows: W (and H) of the left, then of the right half of each node above; one row a level,
-            flat.
-        draws: Normal draws made so far (each fills one half of a row).
+        halves: Of each node above; arrays of shape (levels, size).
+        draws: Normal draws made so far, each with as many numbers as a node.
     """
 
     place: Place
-    rows: Float[Array, "levels numbers"]
+    halves: Halves
     draws: Int[Array, ""]
 
 
@@ -72,11 +86,13 @@ class Tree(NamedTuple):
 
     def plant(self, rows: int, size: int, dtype) -> Branch:
         """A branch that stands at 0 and knows the root, W ~ N(0, 1), H ~ N(0, 1/12), shape (size,)."""
-        draws = jax.random.normal(jax.random.fold_in(self.key, 0), (self.parts * size,), dtype)
-        root = jnp.concatenate([draws[:size], draws[size:] * 12**-0.5])
+        w, *area = self._draw(jnp.int32(0), size, dtype)
+        root = (w, *(x * 12**-0.5 for x in area))
         start = Place(jnp.int32(0), jnp.zeros((), dtype))
-        stack = jnp.zeros((rows, 2 * root.size), dtype).at[0].set(jnp.concatenate([root, root]))
-        return Branch(start, stack, jnp.int32(1))
+        # One array for each half and part: XLA runs a loop over small arrays in one thread, which
+        # for a single path saves most of the time.
+        stack = tuple(jnp.zeros((rows, size), dtype).at[0].set(x) for x in root)
+        return Branch(start, Halves(stack, stack), jnp.int32(1))
 
     def increment(self, s: Place, t: Place, branch: Branch) -> tuple[bridge.Piece, Branch]:
         """The stretch from s to t, s <= t, and the branch, now standing on the end it was far from."""
@@ -86,7 +102,7 @@ class Tree(NamedTuple):
         near, far = _where(from_t, t, s), _where(from_t, s, t)
         branch, _ = self._walk(branch, near, far, from_t, zero)
         branch, near_part = self._collect(branch, far, from_t, zero)
-        near_part = _where(self._everything(s, t), self._root(branch.rows, zero), near_part)
+        near_part = _where(self._everything(s, t), self._root(branch.halves, zero), near_part)
         branch, far_part = self._walk(branch, far, near, ~from_t, zero)
         first, second = _where(from_t, far_part, near_part), _where(from_t, near_part, far_part)
         return bridge.join(first, second, zero), branch
@@ -95,9 +111,14 @@ class Tree(NamedTuple):
         """Whether [s, t] is the root, which is half of no node and on no branch."""
         return (s.leaf == 0) & (s.fraction == 0) & (t.leaf == jnp.int32(1) << self.depth)
 
-    def _root(self, rows, zero) -> bridge.Piece:
-        node = tuple(jnp.split(_side(rows[0], jnp.array(False)), self.parts))
-        return bridge.piece(node, jnp.ones((), rows.dtype), zero)
+    def _root(self, halves: Halves, zero) -> bridge.Piece:
+        root = halves.row(0).left
+        return bridge.piece(root, jnp.ones((), root[0].dtype), zero)
+
+    def _draw(self, number: Int[Array, ""], size: int, dtype) -> bridge.Node:
+        """The normals of a node."""
+        key = jax.random.fold_in(self.key, number)
+        return tuple(jnp.split(jax.random.normal(key, (self.parts * size,), dtype), self.parts))
 
     def _levels(self, p: Place) -> Int[Array, ""]:
         """Number of nodes with p strictly inside."""
@@ -124,30 +145,30 @@ class Tree(NamedTuple):
         def turn(carry):
             level, rows, draws, part = carry
             width, cut = self._cut(p, level)
-            node = _side(rows[level], self._ancestor(p, level) & 1 == 1)
+            node = rows.row(level).side(self._ancestor(p, level) & 1 == 1)
             number = (jnp.int32(1) << level) + self._ancestor(p, level)
-            key = jax.random.fold_in(self.key, number)
             noise, weights = bridge.materialized(
                 level >= 0,
                 lambda: (
-                    jax.random.normal(key, node.shape, node.dtype),
+                    self._draw(number, node[0].size, node[0].dtype),
                     bridge.coefficients(cut, width, self.parts),
                 ),
             )
             halves = bridge.materialized(
-                level >= 0, lambda: self._split(node, weights, noise, zero)
+                level >= 0, lambda: Halves(*bridge.split(node, weights, noise, zero))
             )
             here = (first <= level) & (level < last)
             # `new` from `halves`, not from the row: reading what is overwritten makes XLA copy all rows.
             new = self._half(halves, p, other, level, right_end, zero)
             part = _where(here, _extend(part, new, right_end, zero), part)
-            rows = rows.at[level + 1].set(jnp.where(here, halves, rows[level + 1]))
+            kept = _where(here, halves, rows.row(level + 1))
+            rows = jax.tree.map(lambda rows, x: rows.at[level + 1].set(x), rows, kept)
             return level + 1, rows, draws + 1, part
 
         # A lane with nothing to do must not make the others start from its level.
         start = _lowest(jnp.where(first < last, first, MAX_DEPTH + 1))
         stop = _highest(last)
-        carry = (start, branch.rows, branch.draws, self._nothing(branch.rows))
+        carry = (start, branch.halves, branch.draws, self._nothing(branch.halves))
         carry = jax.lax.while_loop(lambda carry: carry[0] < stop, turn, carry)
         _, rows, draws, part = carry
         return Branch(p, rows, draws), part
@@ -159,14 +180,14 @@ class Tree(NamedTuple):
 
         def turn(carry):
             level, rows, part = carry
-            new = self._half(rows[level + 1], p, other, level, right_end, zero)
+            new = self._half(rows.row(level + 1), p, other, level, right_end, zero)
             here = (first <= level) & (level < last)
             return level + 1, rows, _where(here, _extend(part, new, right_end, zero), part)
 
         # The rows go through the loop unchanged, so that one buffer serves this loop and the next.
         start = _lowest(jnp.where(first < last, first, MAX_DEPTH + 1))
         stop = _highest(last)
-        carry = (start, branch.rows, self._nothing(branch.rows))
+        carry = (start, branch.halves, self._nothing(branch.halves))
         _, rows, part = jax.lax.while_loop(lambda carry: carry[0] < stop, turn, carry)
         return Branch(p, rows, branch.draws), part
 
@@ -175,18 +196,11 @@ class Tree(NamedTuple):
         width = jnp.exp2(-level.astype(p.fraction.dtype))
         return width, jnp.where(level == self.depth, p.fraction, jnp.asarray(0.5, width.dtype))
 
-    def _split(self, node, weights, noise, zero):
-        """Both halves of a node, flat."""
-        parts = (tuple(jnp.split(x, self.parts)) for x in (node, noise))
-        node, noise = parts
-        left, right = bridge.split(node, weights, noise, zero)
-        return jnp.concatenate([*left, *right])
+    def _nothing(self, halves: Halves) -> bridge.Piece:
+        zeros = jax.tree.map(lambda rows: jnp.zeros_like(rows[0]), halves.left)
+        return bridge.Piece(jnp.zeros((), zeros[0].dtype), zeros)
 
-    def _nothing(self, rows) -> bridge.Piece:
-        zeros = jnp.zeros(rows.shape[1] // (2 * self.parts), rows.dtype)
-        return bridge.Piece(jnp.zeros((), rows.dtype), (zeros,) * self.parts)
-
-    def _half(self, halves, p: Place, other: Place, level, right_end, zero) -> bridge.Piece:
+    def _half(self, halves: Halves, p: Place, other: Place, level, right_end, zero) -> bridge.Piece:
         """The half of the node at `level` that lies between p and `other`, or nothing.
 
         p is the right end of the stretch if `right_end`, and then its left halves count, else its
@@ -202,19 +216,12 @@ class Tree(NamedTuple):
         inside = jnp.where(right_end, start >= other_ceiling, end <= other.leaf)
         width, cut = self._cut(p, level)
         width = width * jnp.where(right_end, cut, 1 - cut)
-        half = tuple(jnp.split(_side(halves, ~right_end), self.parts))
-        new = bridge.piece(half, width, zero)
+        new = bridge.piece(halves.side(~right_end), width, zero)
         return _where(touches & inside, new, jax.tree.map(jnp.zeros_like, new))
 
 
 def _where(condition: Bool[Array, ""], x, y):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
-
-
-def _side(halves, right):
-    """One half of a row."""
-    left_half, right_half = jnp.split(halves, 2)
-    return jnp.where(right, right_half, left_half)
 
 
 def _extend(part: bridge.Piece, new: bridge.Piece, right_end, zero) -> bridge.Piece:

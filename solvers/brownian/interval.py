@@ -146,7 +146,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         return self._pack(b - a, parts, sign, use_levy)
 
     def init(self) -> Branch:
-        """A state that remembers nothing yet: one branch, arrays of shape (levels, 2, 1 or 2, size)."""
+        """A state that remembers nothing yet: one branch, arrays of shape (levels, size)."""
         depth = self._known_depth()
         rows = (MAX_DEPTH if depth is None else depth) + 2
         return self._tree().plant(rows, vector_size(self.shape), vector_dtype(self.shape))
