@@ -10,6 +10,7 @@ if __name__ != "nde.solvers":
     )
 
 from nde.solvers.brownian import BrownianGrid, BrownianInterval
+from nde.solvers.diagnosis import Diagnosis, SolveError, diagnose
 from nde.solvers.discrete_adjoint import DiscreteAdjoint
 from nde.solvers.ees import EES25, EES27
 from nde.solvers.estimating import WithEstimates
@@ -27,6 +28,7 @@ __all__ = [
     "AsynchronousLeapfrog",
     "BrownianGrid",
     "BrownianInterval",
+    "Diagnosis",
     "DiscreteAdjoint",
     "EES25",
     "EES27",
@@ -35,7 +37,9 @@ __all__ = [
     "Reversible",
     "ReversibleAdjoint",
     "ReversibleHeun",
+    "SolveError",
     "StormerVerlet",
     "WithEstimates",
     "Yoshida4",
+    "diagnose",
 ]

@@ -1,0 +1,200 @@
+"""Nine causes of a failed solve, told apart; and what is said about them is true."""
+
+import re
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from failing import CASES, Case, problem
+
+from nde.solvers import BrownianGrid, StormerVerlet, causes, diagnose, spectrum
+
+CAUSES = [
+    "initial_state", "time_span", "zero_step", "tolerance", "vector_field", "blow_up", "precision",
+    "stiff", "too_few_steps",
+]  # fmt: skip
+
+
+def diagnosed(case, dtype=np.float64, sign=1, **changes):
+    positional, options = problem(case, dtype, sign)
+    return diagnose(*positional, **(options | changes))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_the_confusion_matrix_is_the_identity(dtype):
+    """Every cause, in both directions of time, with a pytree as state; and no cause where none is."""
+    wrong = {}
+    for sign in (1, -1):
+        for name, case in CASES.items():
+            found = diagnosed(case, dtype, sign)
+            if found.cause != case.cause or case.leaf not in (None, found.leaf):
+                wrong[name, sign] = (found.cause, found.leaf, found.message)
+            if case.stop is not None and abs(sign * found.t - case.stop) > 1e-3:
+                wrong[name, sign] = (found.t, case.stop)
+            assert found.message.endswith(found.advice) and bool(found.advice) == bool(case.cause)
+    assert wrong == {}
+
+
+def test_every_cause_has_five_problems():
+    for cause in CAUSES:
+        assert sum(case.cause == cause for case in CASES.values()) >= 5, cause
+
+
+def test_the_advised_number_of_steps_is_enough_and_not_twice_too_many():
+    case = Case("stiff", "decay", t1=20.0)
+    found = diagnosed(case)
+    assert found.cause == "stiff"
+    advised = int(re.search("max_steps≈([0-9]+)", found.advice)[1])
+    assert advised > 4096
+    longer = CASES["ringing"]._replace(t1=2.0)
+    assert int(re.search("max_steps≈([0-9]+)", diagnosed(longer).advice)[1]) <= advised
+    assert diagnosed(longer, max_steps=advised).cause is None
+    found = diagnosed(case, max_steps=advised)
+    assert found.cause is None and found.steps > advised / 2
+
+
+def test_the_advised_length_of_a_step_is_stable():
+    case = CASES["steps too long"]
+    advised = float(re.search("steps below ([0-9.e-]+)", diagnosed(case).advice)[1])
+    assert diagnosed(case._replace(dt0=advised, t1=4000 * advised)).cause is None
+    assert diagnosed(case._replace(dt0=1.1 * advised, t1=4000 * advised)).cause == "stiff"
+
+
+def test_a_first_step_that_the_controller_cannot_take():
+    terms, solver, t0, t1, _, *rest = problem(CASES["far from zero"], np.float64, 1)[0]
+    controller = dfx.PIDController(1e-5, 1e-8)
+    found = diagnose(terms, solver, t0, t1, None, *rest, stepsize_controller=controller)
+    assert found.cause == "zero_step" and "dt0" in found.advice
+
+
+# --- other terms and solvers ---------------------------------------------------------------------
+
+Y0 = jnp.array([1.0, 0.5])
+
+
+def undefined(t, y, args):
+    return y * jnp.where(t > 0.5, jnp.nan, 1.0)
+
+
+def test_a_control():
+    path = dfx.LinearInterpolation(jnp.linspace(0.0, 2.0, 9), jnp.linspace(0.0, 1.0, 9)[:, None])
+    term = dfx.ControlTerm(lambda t, y, args: (y**3)[:, None], path)
+    found = diagnose(term, dfx.Heun(), 0.0, 2.0, 0.01, Y0, saveat=None, throw=True)
+    # y' = y^3 / 2 is infinite at t = 1.
+    assert found.cause == "blow_up" and found.leaf == "y[0]"
+    assert abs(found.t - 1.0) < 0.1
+
+
+@pytest.mark.parametrize("where", ["drift", "diffusion"])
+def test_noise(where):
+    fine = lambda t, y, args: 0.1 * y
+    drift, diffusion = (undefined, fine) if where == "drift" else (fine, undefined)
+    path = BrownianGrid(0.0, 1.0, 0.01, (2,), key=jax.random.key(0))
+    diagonal = lambda t, y, args: lx.DiagonalLinearOperator(diffusion(t, y, args))
+    terms = dfx.MultiTerm(dfx.ODETerm(drift), dfx.ControlTerm(diagonal, path))
+    found = diagnose(terms, dfx.Euler(), 0.0, 1.0, 0.01, Y0)
+    assert found.cause == "vector_field" and found.t == pytest.approx(0.51, abs=0.011)
+    assert ("noise" in found.message) == (where == "diffusion")
+
+
+def test_separable_terms():
+    terms = (dfx.ODETerm(lambda t, p, args: p), dfx.ODETerm(undefined))
+    found = diagnose(terms, StormerVerlet(), 0.0, 1.0, 0.01, (Y0, Y0))
+    assert (found.cause, found.leaf) == ("vector_field", "y[1][0]")
+
+
+def test_an_implicit_solver_is_not_called_stiff():
+    """The same field stops an explicit solver, which is told to be implicit."""
+    term = dfx.ODETerm(lambda t, y, args: -1e6 * (y - jnp.cos(3000 * t)))
+    controller = dfx.PIDController(1e-6, 1e-9)
+    run = lambda solver: diagnose(
+        term, solver, 0.0, 1.0, None, Y0, stepsize_controller=controller, max_steps=512
+    )
+    explicit = run(dfx.Tsit5())
+    assert explicit.cause == "stiff" and "`diffrax.Kvaerno5()`" in explicit.advice
+    assert run(dfx.Kvaerno3()).cause == "too_few_steps"
+
+
+# --- where it can be asked -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.grad])
+def test_there_must_be_numbers(transform):
+    decay = lambda t, y, args: -y
+    ask = lambda y: diagnose(dfx.ODETerm(decay), dfx.Euler(), 0.0, 1.0, 0.1, y)
+    with pytest.raises(ValueError, match="inside jax.jit, jax.vmap or jax.grad.*y0.lane."):
+        transform(ask)(jnp.array(1.0) if transform is jax.grad else Y0)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad])
+def test_nor_may_the_field_close_over_what_is_traced(transform):
+    def ask(rate):
+        term = dfx.ODETerm(lambda t, y, args: -rate * y)
+        return diagnose(term, dfx.Euler(), 0.0, 1.0, 0.1, Y0)
+
+    with pytest.raises(ValueError, match="no numbers to look at"):
+        transform(ask)(1.0)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="maximum_steps"):
+        diagnosed(CASES["long"], maximum_steps=10)
+
+
+# --- the spectrum --------------------------------------------------------------------------------
+
+
+def matrices():
+    draw = np.random.default_rng(1)
+    diffusion = 1e3 * (np.eye(300, k=1) + np.eye(300, k=-1) - 2 * np.eye(300))
+    diffusion[7, 7] += 5e4
+    yield "random", draw.standard_normal((30, 30))
+    yield "one block of Jordan", np.eye(6, k=1) - 2.0 * np.eye(6)
+    yield "all alike", 3.0 * np.eye(300)
+    yield "unbalanced", np.array([[0.0, 1.0], [1e30, 0.0]])
+    yield "stiff", np.array([[-1e6, 1e6], [1.0, 2.0]])
+    yield "large", diffusion
+
+
+@pytest.mark.parametrize("name, matrix", list(matrices()))
+@pytest.mark.parametrize("direction", [1, -1])
+def test_growth_and_decay_are_those_of_the_eigenvalues(name, matrix, direction):
+    linear = dfx.ODETerm(lambda t, y, args: matrix @ y)
+    y = jnp.ones(len(matrix))
+    growth, decay = spectrum.growth_and_decay(linear, jnp.array(0.0), y, None, direction)
+    real = direction * np.linalg.eigvals(matrix).real
+    # Of a large matrix 48 products see the ends of the spectrum: an isolated one well.
+    rtol = 0.05 if name == "large" else 1e-6
+    np.testing.assert_allclose(growth, max(0.0, real.max()), rtol=rtol, atol=1e-10)
+    np.testing.assert_allclose(decay, max(0.0, -real.min()), rtol=rtol, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_a_jacobian_that_is_not_finite(size):
+    root = dfx.ODETerm(lambda t, y, args: jnp.sqrt(y))
+    rates = spectrum.growth_and_decay(root, jnp.array(0.0), jnp.zeros(size), None, 1)
+    assert np.isnan(rates).all()
+
+
+def test_entries_have_names():
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": (jnp.array(6.0), jnp.array([7.0]))}
+    assert spectrum.entry(tree, 4) == "['a'][1, 1]"
+    assert spectrum.entry(tree, 6) == "['b'][0]"
+    assert spectrum.entry(tree, 7) == "['b'][1][0]"
+    again = spectrum.tree_like(spectrum.vector(tree), tree)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), tree, again))
+
+
+def test_limits_of_stability():
+    assert causes.stability_limit(dfx.HalfSolver(dfx.Kvaerno3())) is None
+    limit = causes.stability_limit(dfx.Tsit5())
+    grow = lambda z: abs(float(_step(z)))
+    assert grow(-0.999 * limit) < 1 < grow(-1.001 * limit)
+
+
+def _step(z):
+    term = dfx.ODETerm(lambda t, y, args: z * y)
+    return dfx.diffeqsolve(term, dfx.Tsit5(), 0.0, 1.0, 1.0, jnp.array(1.0)).ys[-1]
