@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from nde._protocol import check_precision, check_state, check_times
+from nde._run import run
 from nde.paths import AbstractControl
 
 
@@ -89,24 +90,19 @@ def solve_cde(
         _check_inside(ts, control)
     controller, max_steps = stepping(model, control)
     term = diffrax.ControlTerm(matrix, control)
-    # Products of reduced precision, a default of recent GPUs, look like a rough field.
-    # pyright does not see the attributes that jax adds to its configuration.
-    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    with jax.default_matmul_precision(precision or "highest"):
-        return diffrax.diffeqsolve(
-            term.to_ode() if control.smooth else term,
-            model.solver,
-            t0=control.t0,
-            t1=control.t1,
-            dt0=None if model.steps_per_interval else model.dt0,
-            y0=z0,
-            args=args,
-            saveat=diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts),
-            stepsize_controller=controller,
-            adjoint=model.adjoint,
-            max_steps=max_steps,
-            throw=throw,
-        )
+    return run(
+        model,
+        term.to_ode() if control.smooth else term,
+        t0=control.t0,
+        t1=control.t1,
+        dt0=None if model.steps_per_interval else model.dt0,
+        y0=z0,
+        args=args,
+        saveat=diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts),
+        stepsize_controller=controller,
+        max_steps=max_steps,
+        throw=throw,
+    )
 
 
 def stepping(

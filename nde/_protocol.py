@@ -21,6 +21,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from nde._run import run
 from nde.solvers import DiscreteAdjoint
 
 
@@ -82,6 +83,8 @@ class AbstractODE(eqx.Module):
 
         Raises:
             ValueError: if `ts`, `y0` or what the vector field returns cannot be solved.
+            nde.solvers.SolveError: with `throw`, if the solve fails, with the cause; inside `jax.jit`
+                and other transformations a RuntimeError without it.
         """
         return solve_ode(self, ts, y0, args, throw=throw)
 
@@ -119,24 +122,19 @@ def solve_ode(
     saveat: Any = diffrax.SubSaveAt(ts=ts, fn=read)
     if also is not None:
         saveat = [saveat, also]
-    # Products of reduced precision, a default of recent GPUs, look like a rough field.
-    # pyright does not see the attributes that jax adds to its configuration.
-    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    with jax.default_matmul_precision(precision or "highest"):
-        return diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
-            model.solver,
-            t0=ts[0],
-            t1=ts[-1],
-            dt0=model.dt0,
-            y0=y0,
-            args=args,
-            saveat=diffrax.SaveAt(subs=saveat),
-            stepsize_controller=controller,
-            adjoint=model.adjoint,
-            max_steps=model.max_steps,
-            throw=throw,
-        )
+    return run(
+        model,
+        diffrax.ODETerm(field),
+        t0=ts[0],
+        t1=ts[-1],
+        dt0=model.dt0,
+        y0=y0,
+        args=args,
+        saveat=diffrax.SaveAt(subs=saveat),
+        stepsize_controller=controller,
+        max_steps=model.max_steps,
+        throw=throw,
+    )
 
 
 class _Pair(eqx.Module):

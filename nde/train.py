@@ -27,6 +27,7 @@ from nde._history import History, Reports
 from nde._protocol import check_key
 from nde._training_step import initial_state, leaf_paths, make_step, reasons, strongly_typed
 from nde.hybrid import Frozen
+from nde.solvers import SolveError
 
 __all__ = ["Batch", "History", "NonFiniteError", "fit", "multi_start"]
 
@@ -98,7 +99,7 @@ def fit(
             that is zero.
         NonFiniteError: for data that are not finite, and after `max_skips` skipped steps in a row;
             it holds the last good model.
-        RuntimeError: if more than a tenth of the solves of a batch fail.
+        nde.solvers.SolveError: if more than a tenth of the solves of a batch fail.
     """
     job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
     params, fixed, static = _split(model, frozen)
@@ -137,7 +138,7 @@ def multi_start(
         The models and their histories, best first, by the mean loss of the last tenth of the steps.
 
     Raises:
-        ValueError, NonFiniteError, RuntimeError: as `fit`, if it concerns every start.
+        ValueError, NonFiniteError, nde.solvers.SolveError: as `fit`, if it concerns every start.
     """
     if not isinstance(starts, int) or starts < 1:
         raise ValueError(f"`starts` is {starts!r}; it must be an integer >= 1.")
@@ -255,7 +256,7 @@ def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: P
     """Raise if the record of a step says that no start can go on."""
     failed = float(np.min(record.get("failed", 0.0)))
     if failed > MOST_FAILED:
-        raise RuntimeError(
+        raise SolveError(
             f"{failed:.0%} of the solves failed at step {step}, more than {MOST_FAILED:.0%}. Raise "
             "`max_steps`, loosen the "
             "tolerances, train on a shorter horizon first, or call model.solve on the data to see "

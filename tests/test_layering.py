@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Where each module of `nde` stands. It may import what stands lower, or beside it; models (1) do
 # not import each other: what two of them share moves down.
 FLOORS = {
-    **dict.fromkeys(["_protocol", "_controlled", "_recurrence", "fields", "paths"], 0),
+    **dict.fromkeys(["_run", "_protocol", "_controlled", "_recurrence", "fields", "paths"], 0),
     **dict.fromkeys(["ode", "hybrid", "cde", "log_cde", "linear_cde"], 1),
     **dict.fromkeys(["losses", "regularizers"], 2),
     **dict.fromkeys(["_batching", "_history", "_training_step", "train"], 3),

@@ -12,6 +12,7 @@ import pytest
 
 import nde
 from nde.hybrid import Bounded, Frozen, HybridODE, Positive
+from nde.solvers import SolveError
 from nde.train import NonFiniteError, multi_start
 
 KEY = jax.random.key(0)
@@ -213,7 +214,7 @@ FITS = [
     (61, NonFiniteError, {"loss": not_finite}, ["value of the loss", "step 13", "[0, 1, 2"]),
     (61, NonFiniteError, {"loss": bad_gradient}, ["gradient of `model['w']`", "step 9"]),
     (61, NonFiniteError, {"optim": optax.sgd(jnp.inf)}, ["update of `model['w']`", "step 9"]),
-    (62, RuntimeError, {"loss": half_failed}, ["50% of the solves failed at step 5", "10%"]),
+    (62, SolveError, {"loss": half_failed}, ["50% of the solves failed at step 5", "10%"]),
 ]
 
 
