@@ -97,7 +97,8 @@ def stiffness_estimate(
 ) -> Penalized:
     """SRNODE: the solver's own stiffness estimate S over the accepted steps.
 
-    Arguments as in `error_estimate`; for `diffrax.Tsit5`, `Dopri5` and `Dopri8`.
+    Arguments as in `error_estimate`, but `model.solver` is one of `diffrax.Tsit5`, `Dopri5`, `Dopri8`
+    and, for a stochastic equation (SRNSDE), `nde.solvers.SOSRI2`.
 
     Raises:
         ValueError: for an adjoint or a solver without it.
@@ -322,7 +323,8 @@ def _solve(model: Any, inputs: tuple, estimates: Estimates) -> diffrax.Solution:
 def _stiffness(model: Any, solution: diffrax.Solution) -> Float[Array, ""]:
     if "stiffness_estimate" not in solution.stats:
         raise ValueError(
-            f"{type(model.solver).__name__} has no stiffness estimate; use solver=diffrax.Tsit5()."
+            f"{type(model.solver).__name__} has no stiffness estimate; use solver=diffrax.Tsit5(), or "
+            "nde.solvers.SOSRI2() for a stochastic equation with diagonal noise."
         )
     return solution.stats["stiffness_estimate"]
 

@@ -20,11 +20,12 @@ from nde.solvers.levy_heun import LevyHeun
 from nde.solvers.mccallum_foster import Reversible
 from nde.solvers.reversible_adjoint import ReversibleAdjoint
 from nde.solvers.reversible_heun import ReversibleHeun
-from nde.solvers.sosri import SOSRI
+from nde.solvers.sosri import SOSRI, SOSRI2
 from nde.solvers.symplectic import StormerVerlet, Yoshida4
 
 __all__ = [
     "SOSRI",
+    "SOSRI2",
     "AsynchronousLeapfrog",
     "BrownianGrid",
     "BrownianInterval",

@@ -23,6 +23,8 @@ from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving
 from nde.solvers.heuristics import Estimates
 from nde.solvers.program import Start, Traced
+from nde.solvers.sosri import SOSRI2
+from nde.solvers.staged import StagedStepper
 from nde.solvers.stepper import stepper_for
 
 
@@ -70,6 +72,8 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
             return diffrax.RecursiveCheckpointAdjoint().loop(**options)
         problem = [options[name] for name in ("solver", "terms", "args", "t0", "t1")]
         stepper = stepper_for(*problem, y0=options["init_state"].y)
+        if isinstance(options["solver"], SOSRI2):
+            stepper = StagedStepper(*problem[:3])
         make = lambda traced, start: _StoredSolve(
             traced, start, options["max_steps"], self.checkpoints
         )

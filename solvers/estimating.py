@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from nde.solvers.heuristics import Judge, judge_for
+from nde.solvers.heuristics import Judge, judge_for, stages
 
 
 class EstimatesState(NamedTuple):
@@ -31,8 +31,8 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
     """Another solver, adding up `error_estimate` (E h) and `stiffness_estimate` (S) of its steps.
 
     They stand in `sol.solver_state.estimates` after a solve with `SaveAt(..., solver_state=True)`, the
-    latter for `diffrax.Tsit5`, `Dopri5` and `Dopri8`. `DiscreteAdjoint(estimates=Estimates())` gives
-    the same, faster.
+    latter for `diffrax.Tsit5`, `Dopri5`, `Dopri8` and `SOSRI2`. `DiscreteAdjoint(estimates=Estimates())`
+    gives the same, faster.
 
     Args:
         solver: A diffrax solver with an error estimate.
@@ -84,19 +84,15 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
 
     def init(self, terms, t0, t1, y0, args) -> EstimatesState:
         zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(y0)))
-        names = ["error_estimate"] + ["stiffness_estimate"] * (self._judge.tableau is not None)
+        names = ["error_estimate"] + ["stiffness_estimate"] * (self._judge.apart is not None)
         state = self.solver.init(terms, t0, t1, y0, args)
         return EstimatesState(state, {name: zero for name in names})
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         state, sums = solver_state
         y1, error, info, state, result = self.solver.step(terms, t0, t1, y0, args, state, made_jump)
-        judge, ks = self._judge, None
-        if judge.tableau is not None:
-            ks = [
-                jax.tree.map(lambda k, i=i: k[i], info["k"])
-                for i in range(judge.tableau.num_stages)
-            ]
+        judge = self._judge
+        ks = None if judge.apart is None else stages(info)
         judged = judge(jnp.asarray(t0), jnp.asarray(t1), y0, y1, error, ks)
         new = {
             "error_estimate": judged.error * judged.length,

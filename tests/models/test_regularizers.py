@@ -6,12 +6,13 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
 
 import nde
 from nde import losses, regularizers
-from nde.solvers import DiscreteAdjoint, Estimates
+from nde.solvers import SOSRI, SOSRI2, BrownianGrid, DiscreteAdjoint, Estimates
 from nde.train import Batch
 
 KEY = jax.random.key(3)
@@ -189,6 +190,43 @@ def test_a_batch_with_one_step_size():
     assert penalty.shape == () and solution.stats["num_steps"].shape == ()
     expected = jax.vmap(one, in_axes=(None, 0))(ts, y0s)
     np.testing.assert_allclose(jnp.swapaxes(solution.ys, 0, 1), expected, atol=1e-8)
+
+
+class GeometricNoise(eqx.Module):
+    """dy = -rate y dt + y / 5 dW on eight steps: a model whose input is the key of its noise."""
+
+    rate: jax.Array
+    solver: dfx.AbstractSolver
+    adjoint: dfx.AbstractAdjoint = DiscreteAdjoint()
+
+    def solve(self, key, *, throw=True):
+        path = BrownianGrid(0.0, 1.0, 0.125, (2,), key, levy_area=dfx.SpaceTimeLevyArea)
+        drift = dfx.ODETerm(lambda t, y, args: -self.rate * y)
+        noise = dfx.ControlTerm(lambda t, y, args: lx.DiagonalLinearOperator(y / 5), path)
+        return dfx.diffeqsolve(
+            dfx.MultiTerm(drift, noise), self.solver, 0.0, 1.0, 0.125, jnp.asarray(Y0),
+            adjoint=self.adjoint, throw=throw,
+        )  # fmt: skip
+
+
+def test_a_stochastic_model_has_both_estimates():
+    model = GeometricNoise(jnp.array(4.0), SOSRI2())
+    found = {}
+    for reduce in ("mean", "sum"):
+        value = lambda m, r=reduce: regularizers.stiffness_estimate(m, KEY, reduce=r)[1]
+        found[reduce], grad = eqx.filter_value_and_grad(value)(model)
+        # S of a linear drift is its rate over the stability limit, whatever the noise.
+        steps = 1 if reduce == "mean" else 8
+        np.testing.assert_allclose(found[reduce], steps * 4.0 / 10.6, rtol=1e-10)
+        np.testing.assert_allclose(grad.rate, steps / 10.6, rtol=1e-8)
+    solution, error = regularizers.error_estimate(model, KEY, reduce="sum")
+    np.testing.assert_allclose(solution.ys, model.solve(KEY).ys, rtol=1e-12)
+    _, both = regularizers.error_and_stiffness(model, KEY, reduce="sum", weight=0.3)
+    np.testing.assert_allclose(both, error + 0.3 * found["sum"], rtol=1e-10)
+    other = GeometricNoise(jnp.array(4.0), SOSRI())
+    assert regularizers.error_estimate(other, KEY)[1] > 0
+    with pytest.raises(ValueError, match="SOSRI has no stiffness estimate.*SOSRI2"):
+        regularizers.stiffness_estimate(other, KEY)
 
 
 MISTAKES = {
