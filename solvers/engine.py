@@ -56,7 +56,8 @@ class AbstractSolve(abc.ABC):
         self._start = jax.eval_shape(lambda: start)
         operands = traced.pool.consts + jax.tree.leaves(start)
         single = Batch((), ((),) * len(operands))
-        out = jax.eval_shape(lambda xs: self._run(xs, single, True), operands)
+        # The loop ends with the shapes it begins with: no need to trace it.
+        out = jax.eval_shape(lambda xs: self._run(xs, single, True, forward.first), operands)
         kept = jax.eval_shape(self.keep, out)
         self._out, self._kept = _bare(out), jax.tree.structure(kept)
         self.results = _slots(self._out)
@@ -109,7 +110,7 @@ class AbstractSolve(abc.ABC):
 
     def forward(self, operands: list[Array], batch: Batch, keep: bool) -> list[Array]:
         """The results of the loop and, if `keep`, what the backward pass needs."""
-        out = self._run(operands, batch, keep)
+        out = self._run(operands, batch, keep, forward.run)
         arrays = jax.tree.leaves(_bare(out)) + (jax.tree.leaves(self.keep(out)) if keep else [])
         slots = self.results + (self.kept if keep else ())
         return [_shaped(x, slot, batch.sizes) for x, slot in zip(arrays, slots, strict=True)]
@@ -138,11 +139,11 @@ class AbstractSolve(abc.ABC):
 
     # --- layout ---
 
-    def _run(self, operands: list[Array], batch: Batch, keep: bool) -> Moving:
+    def _run(self, operands: list[Array], batch: Batch, keep: bool, run) -> Moving:
         consts = operands[: len(self.traced.pool.consts)]
         start = self._spread(operands, batch)
         states = self.states() if keep or self.examines else None
-        out = forward.run(self.traced, consts, start, batch, self.max_steps, states)
+        out = run(self.traced, consts, start, batch, self.max_steps, states)
         return out._replace(extra=self.examine(consts, start, batch, out))
 
     def examine(

@@ -42,6 +42,35 @@ class Moving(NamedTuple):
     tape: Tape | None
 
 
+def first(
+    traced: Traced,
+    consts: list[Array],
+    start: Start,
+    batch: Batch,
+    max_steps: int,
+    keep: Doubling | Every | None,
+) -> Moving:
+    """What the loop begins with. `keep`: which states to write down for the way back; None: no tape."""
+    lanes, zeros = batch.lanes, jnp.zeros(batch.lanes, jnp.int32)
+    memory, _ = traced.noise(consts, batch, start.tprev)
+    cache = batch.per_lane(traced.cache)(consts, start.tprev, start.y, start.state)
+    jump = start.made_jump if traced.jumps else None
+    return Moving(
+        start.y, start.state, cache, start.made_jump, start.tprev, start.tnext,
+        start.controller_state, start.result, zeros, zeros, zeros,
+        tuple(zeros for _ in traced.saves),
+        tuple(jnp.full((s.rows, lanes), jnp.inf, start.tprev.dtype) for s in traced.saves),
+        tuple(_blank_rows(s, lanes) for s in traced.saves),
+        jax.tree.map(lambda x: jnp.zeros((max_steps, lanes), x.dtype), traced.judged),
+        zeros,
+        memory,
+        (),
+        None
+        if keep is None
+        else tapes.start(keep, (start.y, start.state), start.tprev, jump, max_steps),
+    )  # fmt: skip
+
+
 def run(
     traced: Traced,
     consts: list[Array],
@@ -51,9 +80,9 @@ def run(
     keep: Doubling | Every | None,
 ) -> Moving:
     """Solves in all lanes. `keep`: which states to write down for the way back; None: no tape."""
-    lanes, floor = batch.lanes, end_floor(start.t1)
+    floor = end_floor(start.t1)
     attempt = batch.per_lane(traced.attempt)
-    memory, draw = traced.noise(consts, batch, start.tprev)
+    _, draw = traced.noise(consts, batch, start.tprev)
     refresh = batch.per_lane(traced.cache)
 
     def is_live(c: Moving) -> Array:
@@ -85,24 +114,8 @@ def run(
             c = _refresh(refresh, consts, c, accept)
         return c
 
-    zeros = jnp.zeros(lanes, jnp.int32)
-    jump = start.made_jump if traced.jumps else None
-    first = Moving(
-        start.y, start.state, refresh(consts, start.tprev, start.y, start.state), start.made_jump,
-        start.tprev,
-        start.tnext, start.controller_state, start.result, zeros, zeros, zeros,
-        tuple(zeros for _ in traced.saves),
-        tuple(jnp.full((s.rows, lanes), jnp.inf, start.tprev.dtype) for s in traced.saves),
-        tuple(_blank_rows(s, lanes) for s in traced.saves),
-        jax.tree.map(lambda x: jnp.zeros((max_steps, lanes), x.dtype), traced.judged),
-        zeros,
-        memory,
-        (),
-        None
-        if keep is None
-        else tapes.start(keep, (start.y, start.state), start.tprev, jump, max_steps),
-    )  # fmt: skip
-    last = jax.lax.while_loop(cond, body, first)
+    begin = first(traced, consts, start, batch, max_steps, keep)
+    last = jax.lax.while_loop(cond, body, begin)
     stopped = code(diffrax.RESULTS.max_steps_reached)
     return last._replace(result=jnp.where(is_live(last), stopped, last.result))
 

@@ -21,12 +21,12 @@ class Hoisted(NamedTuple):
 
     jaxpr: Any
     uses: tuple[int, ...]  # which arrays of the pool the function depends on
-    out_tree: Any
+    out: PyTree[jax.ShapeDtypeStruct]
 
     def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
         """Evaluates the function; every number becomes an array."""
         out = eval_jaxpr(self.jaxpr, [consts[i] for i in self.uses], *jax.tree.leaves(args))
-        return jax.tree.unflatten(self.out_tree, [jnp.asarray(x) for x in out])
+        return jax.tree.unflatten(jax.tree.structure(self.out), [jnp.asarray(x) for x in out])
 
 
 class Pool:
@@ -43,7 +43,7 @@ class Pool:
             lambda *flat: fn(*jax.tree.unflatten(tree, flat)), return_shape=True
         )(*leaves)
         uses = tuple(self._add(const) for const in closed.consts)
-        return Hoisted(closed.jaxpr, uses, jax.tree.structure(out))
+        return Hoisted(closed.jaxpr, uses, out)
 
     def _add(self, const: Any) -> int:
         if id(const) not in self._index:

@@ -61,7 +61,7 @@ def run(
         judge = judge_for(options["solver"], controller, estimates.scaled)
     traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps, judge)
     out = make(traced, start).solve(start)
-    once, each = stepper.evaluations(start.tprev, start.tnext, start.y, start.state)
+    once, each = traced.stepper.evaluations(start.tprev, start.tnext, start.y, start.state)
     nfe = once + each * (out.accepted + out.rejected) + out.refreshed
     final = finish(stepper, saveat, args, t0, t1, init_state, traced, out)
     stats = {"nfe": nfe}

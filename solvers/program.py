@@ -82,6 +82,7 @@ class Traced:
     """The closed functions of a solve, and what is known about it before any number is."""
 
     pool: Pool
+    stepper: AbstractStepper  # for tracing, and for what is known of it beforehand
     memory: Hoisted | None  # t -> memory of the noise; None where no path remembers
     draw: Hoisted | None  # (t0, t1, memory) -> (increments, memory)
     attempt: Hoisted  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Step
@@ -123,13 +124,15 @@ def trace(
     pool = Pool()
     uniform, jumps = _controller_habits(stepper, controller, start)
     jumps = jumps or fresh_jumps
+    subs = inner_saves(saveat, init_state)
+    dense = any(sub.ts is not None for sub, _ in subs)
+    if uniform and not dense and judge is None:
+        stepper = stepper.bare()
     bit = lambda jump: jump if jumps else False
     noise = noise_of(stepper, start.tprev, start.tnext, start.y, start.state)
     free = not uniform and not _must_hit(controller)
     knowing = lambda x: stepper if noise is None else with_terms(stepper, noise.known(x))
     order: Any = stepper.solver.error_order(stepper.terms)
-    subs = inner_saves(saveat, init_state)
-    dense = any(sub.ts is not None for sub, _ in subs)
 
     def attempt(y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state, x) -> Step:
         tried = knowing(x).attempt(tprev, tnext, y, state, cache, bit(made_jump))
@@ -165,20 +168,20 @@ def trace(
     memory, draw, increments = None, None, ()
     if noise is not None:
         memory = pool.hoist(lambda t: noise.init(), tprev)
-        draw = pool.hoist(noise.draw, tprev, tnext, jax.eval_shape(noise.init))
-        increments = jax.eval_shape(noise.draw, tprev, tnext, jax.eval_shape(noise.init))[0]
-    hoisted_cache = pool.hoist(stepper.cache, tprev, start.y, start.state)
-    cache = jax.eval_shape(stepper.cache, tprev, start.y, start.state)
+        draw = pool.hoist(noise.draw, tprev, tnext, memory.out)
+        increments = draw.out[0]
+    cache = pool.hoist(stepper.cache, tprev, start.y, start.state)
     hoisted_attempt = pool.hoist(
-        attempt, start.y, start.state, cache, start.made_jump, tprev, tnext, start.t1, start.t1,
+        attempt, start.y, start.state, cache.out, start.made_jump, tprev, tnext, start.t1, start.t1,
         start.controller_state, increments,
     )  # fmt: skip
-    example = (start.y, start.state, tprev, tnext, start.made_jump, increments)
-    hoisted_advance = pool.hoist(advance, *example)
-    *_, info, judged = jax.eval_shape(advance, *example)
+    hoisted_advance = pool.hoist(
+        advance, start.y, start.state, tprev, tnext, start.made_jump, increments
+    )
+    *_, info, judged = hoisted_advance.out
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
     return Traced(
-        pool, memory, draw, hoisted_attempt, hoisted_advance, hoisted_cache, saves, uniform, jumps,
+        pool, stepper, memory, draw, hoisted_attempt, hoisted_advance, cache, saves, uniform, jumps,
         increments, knowing, judged,
     )  # fmt: skip
 

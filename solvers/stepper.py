@@ -8,6 +8,7 @@ depends on; the backward pass repeats and transposes this one. Between steps two
             differentiated, recomputed where the backward pass needs it
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import diffrax
@@ -51,6 +52,10 @@ class AbstractStepper(eqx.Module):
     terms: eqx.AbstractVar[PyTree[diffrax.AbstractTerm]]
     args: eqx.AbstractVar[Any]
 
+    def bare(self) -> "AbstractStepper":
+        """The stepper where nothing needs more of an attempt than `advance` gives unless `whole`."""
+        return self
+
     def state(self, passed: PyTree[Array]) -> PyTree[Array]:
         """The state to start from, given the one that diffrax has prepared."""
         raise NotImplementedError
@@ -87,6 +92,11 @@ class UnrolledStepper(AbstractStepper):
     args: Any
     tableau: diffrax.ButcherTableau = eqx.field(static=True)
     carries_last_stage: bool = eqx.field(static=True)
+    whole: bool = eqx.field(default=True, static=True)  # an attempt has an error estimate
+
+    def bare(self):
+        # As many evaluations a step, and none to begin with: the last stage is not carried over.
+        return dataclasses.replace(self, carries_last_stage=False, whole=False)
 
     def state(self, passed):
         del passed  # what diffrax would hand over is the vector field at y0, and is evaluated again
@@ -98,27 +108,28 @@ class UnrolledStepper(AbstractStepper):
 
     def attempt(self, t0, t1, y0, state, cache, made_jump):
         del state, made_jump  # after a jump the loop has refreshed the cache
-        tableau, control = self.tableau, self.terms.contr(t0, t1)
-        ks, y_last, f_last = explicit_rk.stages(
-            tableau, self.terms, t0, t1, control, y0, self.args, tableau.num_stages, cache
-        )
-        y1 = explicit_rk.solution(tableau, y0, ks, y_last)
-        y_error = explicit_rk.combine(None, tableau.b_error, ks)
+        step, f_last = self._step(t0, t1, y0, self.whole, cache)
         cache = f_last if self.carries_last_stage else None
-        return Attempt(y1, y_error, ks, _dense(y0, y1, ks), None, cache, diffrax.RESULTS.successful)
+        return Attempt(
+            step.y1, step.y_error, step.ks, step.dense_info, None, cache, diffrax.RESULTS.successful
+        )
 
     def advance(self, t0, t1, y0, state, made_jump, whole):
         del state, made_jump
+        return self._step(t0, t1, y0, whole, None)[0]
+
+    def _step(self, t0, t1, y0, whole: bool, f0) -> tuple[Advance, PyTree[Array] | None]:
+        """One step, given the field at its start if it is known, and the field at its last stage."""
         tableau, control = self.tableau, self.terms.contr(t0, t1)
         count = tableau.num_stages if whole else explicit_rk.needed_stages(tableau)
-        ks, y_last, _ = explicit_rk.stages(
-            tableau, self.terms, t0, t1, control, y0, self.args, count
+        ks, y_last, f_last = explicit_rk.stages(
+            tableau, self.terms, t0, t1, control, y0, self.args, count, f0
         )
         y1 = explicit_rk.solution(tableau, y0, ks, y_last)
         if not whole:
-            return Advance(y1, None, None, None, None)
+            return Advance(y1, None, None, None, None), None
         y_error = explicit_rk.combine(None, tableau.b_error, ks)
-        return Advance(y1, None, y_error, ks, _dense(y0, y1, ks))
+        return Advance(y1, None, y_error, ks, _dense(y0, y1, ks)), f_last
 
     def final_state(self, t, y, state):
         del state
@@ -128,6 +139,8 @@ class UnrolledStepper(AbstractStepper):
 
     def evaluations(self, t0, t1, y0, state):
         stages = self.tableau.num_stages
+        if not self.whole:
+            return 0, explicit_rk.needed_stages(self.tableau)
         return (1, stages - 1) if self.carries_last_stage else (0, stages)
 
 

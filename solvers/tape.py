@@ -32,13 +32,14 @@ class Tape(NamedTuple):
 
 def slot(k: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
     """The slot of state k, if it is kept."""
-    return jnp.where(k == 0, 0, 1 + (k - 1) % (slots - 1))
+    # `rem` and shifts: the sign that `%` and `//` care for costs kernels of its own.
+    return jnp.where(k == 0, 0, 1 + jax.lax.rem(k - 1, jnp.asarray(slots - 1, k.dtype)))
 
 
 def stride(count: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
     """The distance between kept states once `count` of them have come by."""
-    filled = jnp.maximum(count - 1, 0) // slots  # 0, then 1, 2-3, 4-7, ...: the bit length counts
-    return jnp.left_shift(1, 32 - jax.lax.clz(filled.astype(jnp.int32)))
+    filled = jnp.maximum(count - 1, 0) >> (slots.bit_length() - 1)  # 0, then 1, 2-3, 4-7, ...
+    return jnp.left_shift(1, 32 - jax.lax.clz(filled.astype(jnp.int32)))  # the bit length counts
 
 
 class Doubling(NamedTuple):
@@ -48,7 +49,7 @@ class Doubling(NamedTuple):
 
     def row(self, k: Int[Array, "..."]) -> Int[Array, "..."]:
         """Where state k goes; `rows` if it is not kept."""
-        kept = k % stride(k + 1, self.rows) == 0
+        kept = k & (stride(k + 1, self.rows) - 1) == 0
         return jnp.where(kept, slot(k, self.rows), self.rows)
 
 
