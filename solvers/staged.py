@@ -3,6 +3,8 @@
 They are what the stiffness estimate of `heuristics` is made of.
 """
 
+from typing import Any
+
 from nde.solvers.heuristics import stages
 from nde.solvers.stepper import Advance, Attempt, SolverStepper
 
@@ -10,10 +12,10 @@ from nde.solvers.stepper import Advance, Attempt, SolverStepper
 class StagedStepper(SolverStepper):
     """Takes steps through the solver's own `step`, and passes its stages on."""
 
-    def attempt(self, t0, t1, y0, state, cache, made_jump) -> Attempt:
-        tried = super().attempt(t0, t1, y0, state, cache, made_jump)
+    def attempt(self, *at: Any) -> Attempt:
+        tried = super().attempt(*at)
         return tried._replace(ks=stages(tried.dense_info))
 
-    def advance(self, t0, t1, y0, state, made_jump, whole: bool) -> Advance:
-        out = super().advance(t0, t1, y0, state, made_jump, whole)
-        return out._replace(ks=stages(out.dense_info)) if whole else out
+    def advance(self, *at: Any) -> Advance:
+        out = super().advance(*at)
+        return out if out.dense_info is None else out._replace(ks=stages(out.dense_info))
