@@ -34,7 +34,7 @@ class Cotangents(NamedTuple):
     y: PyTree[Array]
     state: PyTree[Array]  # the inexact leaves
     saved_ys: tuple[PyTree[Array] | None, ...]  # None where nothing depends on any row
-    judged: Judged | None  # likewise
+    judged: Judged | None  # likewise, and so are its entries
 
 
 class Gradients(NamedTuple):
@@ -173,7 +173,7 @@ class AbstractSolve(abc.ABC):
             return _filled(ct, jax.tree.map(wide, like)) if jax.tree.leaves(ct) else None
 
         saved = tuple(map(rows, ct.saved_ys, self._out.saved_ys))
-        judged = rows(ct.judged, self._out.judged)
+        judged = ct.judged if jax.tree.leaves(ct.judged) else None
         return Cotangents(_filled(ct.y, start.y), _filled(ct.state, start.state), saved, judged)
 
 

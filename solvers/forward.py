@@ -67,7 +67,9 @@ def first(
         (),
         None
         if keep is None
-        else tapes.start(keep, (start.y, start.state), start.tprev, jump, max_steps),
+        else tapes.start(
+            keep, (start.y, traced.inner(start.state, cache)), start.tprev, jump, max_steps
+        ),
     )  # fmt: skip
 
 
@@ -102,7 +104,8 @@ def run(
         accept = live & step.keep
         index = c.attempts[0] if traced.uniform else c.accepted
         if keep is not None and c.tape is not None:
-            at = (index, accept, (c.y, c.state), c.tprev, c.tnext, c.made_jump)
+            state = (c.y, traced.inner(c.state, c.cache))
+            at = (index, accept, state, c.tprev, c.tnext, c.made_jump)
             c = c._replace(tape=tapes.record(keep, c.tape, *at))
         if traced.judged is not None:
             row = jnp.where(accept, index, max_steps)  # past the end: not written

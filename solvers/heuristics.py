@@ -70,9 +70,9 @@ class Estimates:
 class Judged(NamedTuple):
     """The estimates of one step, or of all, row by row."""
 
-    error: Array  # E
-    stiffness: Array | None  # S; None for a solver without it
-    length: Array  # h, positive
+    error: Array | None  # E; among cotangents None, as the others, where nothing depends on it
+    stiffness: Array | None  # S; None for a solver without it too
+    length: Array | None  # h, positive
 
 
 class Judge(NamedTuple):
@@ -131,7 +131,8 @@ def stages(dense_info: PyTree[Array]) -> list[PyTree[Array]]:
 
 def reduced(how: Estimates, judged: Judged, steps: Array) -> dict[str, Float[Array, "..."]]:
     """The statistics, from rows of estimates (steps first) and the number of accepted steps."""
-    each = {"error": judged.error * judged.length, "stiffness": judged.stiffness}
+    lengths = jax.lax.stop_gradient(judged.length)
+    each = {"error": judged.error * lengths, "stiffness": judged.stiffness}
     out = {}
     for name, rows in each.items():
         if rows is None:
@@ -141,7 +142,7 @@ def reduced(how: Estimates, judged: Judged, steps: Array) -> dict[str, Float[Arr
             total = total / jnp.maximum(steps, 1).astype(total.dtype)
         out[f"{name}_estimate"] = total
     if how.series:
-        out |= {"error_steps": judged.error, "step_lengths": judged.length}
+        out |= {"error_steps": judged.error, "step_lengths": lengths}
         if judged.stiffness is not None:
             out["stiffness_steps"] = judged.stiffness
     return out

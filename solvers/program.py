@@ -86,11 +86,12 @@ class Traced:
     memory: Hoisted | None  # t -> memory of the noise; None where no path remembers
     draw: Hoisted | None  # (t0, t1, memory) -> (increments, memory)
     attempt: Hoisted  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Step
-    advance: Hoisted  # (y, state, t0, t1, made_jump) -> (y, state, dense_info, judged)
+    advance: Hoisted  # (y, inner, t0, t1, made_jump) -> (y, inner, dense_info, judged)
     cache: Hoisted  # (t, y, state) -> cache
     saves: tuple[Save, ...]
     uniform: bool  # steps are never rejected: all lanes stand at the same step
     jumps: bool  # the field may jump between steps
+    hands_over: bool  # the cache is part of the solution, and differentiated
     increments: PyTree[jax.ShapeDtypeStruct]  # of the remembering paths over one step
     knowing: Callable[[PyTree], AbstractStepper]  # the stepper, told those; for tracing only
     judged: Judged | None  # the dtypes of a step's estimates, if there are any
@@ -102,6 +103,10 @@ class Traced:
         draw = batch.per_lane(self.draw)
         memory = batch.per_lane(self.memory)(consts, t0)
         return memory, lambda t0, t1, memory: draw(consts, t0, t1, memory)
+
+    def inner(self, state: PyTree[Array], cache: PyTree[Array]) -> PyTree[Array]:
+        """What `advance` needs besides y, of what travels from step to step."""
+        return (state, cache) if self.hands_over else state
 
     def differentiable(self) -> set[int]:
         """The constants that the solution depends on, and not only its steps."""
@@ -126,8 +131,10 @@ def trace(
     jumps = jumps or fresh_jumps
     subs = inner_saves(saveat, init_state)
     dense = any(sub.ts is not None for sub, _ in subs)
-    if uniform and not dense and judge is None:
+    whole = dense or judge is not None
+    if uniform and not whole:
         stepper = stepper.bare()
+    hands_over = whole and not jumps and stepper.hands_over()
     bit = lambda jump: jump if jumps else False
     noise = noise_of(stepper, start.tprev, start.tnext, start.y, start.state)
     free = not uniform and not _must_hit(controller)
@@ -158,11 +165,12 @@ def trace(
             judge and judge(tprev, tnext, y, tried.y1, tried.y_error, tried.ks),
         )  # fmt: skip
 
-    def advance(y, state, t0, t1, made_jump, x):
-        whole = dense or judge is not None
-        out = knowing(x).advance(t0, t1, y, state, bit(made_jump), whole)
+    def advance(y, inner, t0, t1, made_jump, x):
+        state, cache = inner if hands_over else (inner, None)
+        out = knowing(x).advance(t0, t1, y, state, bit(made_jump), whole, cache)
         judged = judge and judge(t0, t1, y, out.y1, out.y_error, out.ks)
-        return out.y1, out.state, out.dense_info if dense else None, judged
+        inner = (out.state, out.cache) if hands_over else out.state
+        return out.y1, inner, out.dense_info if dense else None, judged
 
     tprev, tnext = start.tprev, start.tnext
     memory, draw, increments = None, None, ()
@@ -175,14 +183,13 @@ def trace(
         attempt, start.y, start.state, cache.out, start.made_jump, tprev, tnext, start.t1, start.t1,
         start.controller_state, increments,
     )  # fmt: skip
-    hoisted_advance = pool.hoist(
-        advance, start.y, start.state, tprev, tnext, start.made_jump, increments
-    )
+    inner = (start.state, cache.out) if hands_over else start.state
+    hoisted_advance = pool.hoist(advance, start.y, inner, tprev, tnext, start.made_jump, increments)
     *_, info, judged = hoisted_advance.out
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
     return Traced(
         pool, stepper, memory, draw, hoisted_attempt, hoisted_advance, cache, saves, uniform, jumps,
-        increments, knowing, judged,
+        hands_over, increments, knowing, judged,
     )  # fmt: skip
 
 

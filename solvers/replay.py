@@ -84,16 +84,29 @@ def run(
 
     `longest`: the longest chunk, known from `max_steps`.
     """
-    steps, slots = trail.steps, jax.tree.leaves(trail.tape.states)[0].shape[0] - 1
     pull = Pull(traced, consts, ts, batch, trail, cotangents, wanted)
-    ct = Running(
-        pull.alive(cotangents.y), pull.alive(cotangents.state), wanted, trail.ts_index, pull.memory
-    )
+    state = pull.alive(cotangents.state)
+    first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
+    if not traced.hands_over:
+        ct = Running(pull.alive(cotangents.y), state, wanted, trail.ts_index, pull.memory)
+        return _to_start(pull, trail, first, ct, longest)
+    cache = jax.tree.map(jnp.zeros_like, first[1][1])  # nothing depends on the last one
+    ct = Running(pull.alive(cotangents.y), (state, cache), wanted, trail.ts_index, pull.memory)
+    ct = _to_start(pull, trail, first, ct, longest)
+    # Where no lane took a step there is none to borrow, and the field may be undefined.
+    none = lambda: ct._replace(state=ct.state[0])
+    return jax.lax.cond(jnp.any(trail.steps > 0), lambda: pull.first_cache(first, ct), none)
+
+
+def _to_start(
+    pull: "Pull", trail: Trail, first: PyTree[Array], ct: Running, longest: int
+) -> Running:
+    """Pulls back to the first step, whose state is `first`."""
+    steps, slots = trail.steps, jax.tree.leaves(trail.tape.states)[0].shape[0] - 1
     most = jnp.max(steps)
     if longest == 1:  # every state is there
         stored = lambda k: tapes.get(trail.tape.states, tapes.slot(k, slots))
         return pull.steps_back(jnp.zeros_like(most), most, stored, ct)
-    first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
     length = tapes.stride(most, slots)
 
     def pull_chunk(i: Array, carry: tuple[Running, PyTree[Array]]):
@@ -198,7 +211,7 @@ class Pull:
             (y, moving), (fixed, *rest) = x, aux
             out = self.traced.advance(consts, y, eqx.combine(moving, fixed), *rest)
             y1, inner, dense, judged = out
-            return y1, _inexact(inner), dense, judged
+            return y1, _inexact(inner), dense, _asked(judged, self.judged)
 
         zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
         behind = choose(active, (ct.y, ct.state), zero((ct.y, ct.state)))
@@ -206,11 +219,20 @@ class Pull:
         ct_out = (*behind, ct_dense, self._judgement(k, active))
         return self._pulled(advance, (y, moving), aux, ct_out, active, ct)
 
+    def first_cache(self, first: PyTree[Array], ct: Running) -> Running:
+        """From the cotangents of the first cache to those of what it was evaluated from."""
+        loaded, (ct_state, ct_cache) = self.load(jnp.zeros((), jnp.int32), first), ct.state
+        evaluate = lambda consts, y, aux: self.traced.cache(consts, aux[0], y, aux[1])
+        aux = (loaded.t0, loaded.state[0])
+        _, ct_consts, ct_y = self.transpose(
+            evaluate, self.traced.cache.uses, loaded.y, aux, self.alive(ct_cache)
+        )
+        y = jax.tree.map(jnp.add, ct.y, self.alive(ct_y))
+        return ct._replace(y=y, state=ct_state, consts=added(ct.consts, ct_consts))
+
     def _judgement(self, k: Array, active: Array) -> Judged | None:
-        """The cotangents of the estimates of step k."""
-        if self.judged is None:
-            return jax.tree.map(lambda x: jnp.zeros(self.steps.shape, x.dtype), self.traced.judged)
-        return masked(active, tapes.get(self.judged, k))
+        """The cotangents of the estimates of step k, where anything depends on them."""
+        return None if self.judged is None else masked(active, tapes.get(self.judged, k))
 
     def _pulled(self, fn, x, aux, ct_out, active, ct: Running) -> Running:
         uses = self.traced.advance.uses
@@ -287,6 +309,13 @@ class Pull:
         )
         ts_index = tuple(index if i == j else n for i, n in enumerate(ct.ts_index))
         return ct._replace(consts=ct_consts, ts_index=ts_index), ct_dense
+
+
+def _asked(judged: Judged | None, cts: Judged | None) -> Judged | None:
+    """The estimates that have cotangents: the others cost nothing on the way back."""
+    if judged is None or cts is None:
+        return None
+    return Judged(*(x if ct is not None else None for x, ct in zip(judged, cts, strict=True)))
 
 
 def _inexact(tree: PyTree) -> PyTree:

@@ -5,7 +5,9 @@ depends on; the backward pass repeats and transposes this one. Between steps two
 
     state   the solver's own, part of the solution: stored and differentiated (reversible Heun's copy)
     cache   a value that only saves work, as the last stage of an FSAL method: neither stored nor
-            differentiated, recomputed where the backward pass needs it
+            differentiated, recomputed where the backward pass needs it; unless the backward pass
+            needs that stage anyway (`hands_over`), which is then stored with the state instead of
+            being evaluated, and transposed, at the end of one step and at the start of the next
 """
 
 import dataclasses
@@ -40,9 +42,10 @@ class Advance(NamedTuple):
 
     y1: PyTree[Array]
     state: PyTree[Array]
-    y_error: PyTree[Array] | None
-    ks: list[PyTree[Array]] | None
-    dense_info: PyTree[Array]
+    y_error: PyTree[Array] | None = None
+    ks: list[PyTree[Array]] | None = None
+    dense_info: PyTree[Array] = None
+    cache: PyTree[Array] = None
 
 
 class AbstractStepper(eqx.Module):
@@ -56,6 +59,10 @@ class AbstractStepper(eqx.Module):
         """The stepper where nothing needs more of an attempt than `advance` gives unless `whole`."""
         return self
 
+    def hands_over(self) -> bool:
+        """Whether `advance` takes a cache, and returns the next one."""
+        return False
+
     def state(self, passed: PyTree[Array]) -> PyTree[Array]:
         """The state to start from, given the one that diffrax has prepared."""
         raise NotImplementedError
@@ -67,7 +74,7 @@ class AbstractStepper(eqx.Module):
     def attempt(self, t0, t1, y0, state, cache, made_jump) -> Attempt:
         raise NotImplementedError
 
-    def advance(self, t0, t1, y0, state, made_jump, whole: bool) -> Advance:
+    def advance(self, t0, t1, y0, state, made_jump, whole: bool, cache=None) -> Advance:
         """The step without what nothing depends on; only y1 and the state unless `whole`."""
         raise NotImplementedError
 
@@ -98,6 +105,9 @@ class UnrolledStepper(AbstractStepper):
         # As many evaluations a step, and none to begin with: the last stage is not carried over.
         return dataclasses.replace(self, carries_last_stage=False, whole=False)
 
+    def hands_over(self):
+        return self.carries_last_stage
+
     def state(self, passed):
         del passed  # what diffrax would hand over is the vector field at y0, and is evaluated again
         return None
@@ -108,28 +118,22 @@ class UnrolledStepper(AbstractStepper):
 
     def attempt(self, t0, t1, y0, state, cache, made_jump):
         del state, made_jump  # after a jump the loop has refreshed the cache
-        step, f_last = self._step(t0, t1, y0, self.whole, cache)
-        cache = f_last if self.carries_last_stage else None
-        return Attempt(
-            step.y1, step.y_error, step.ks, step.dense_info, None, cache, diffrax.RESULTS.successful
-        )
+        y1, _, error, ks, info, cache = self.advance(t0, t1, y0, None, False, self.whole, cache)
+        return Attempt(y1, error, ks, info, None, cache, diffrax.RESULTS.successful)
 
-    def advance(self, t0, t1, y0, state, made_jump, whole):
+    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
         del state, made_jump
-        return self._step(t0, t1, y0, whole, None)[0]
-
-    def _step(self, t0, t1, y0, whole: bool, f0) -> tuple[Advance, PyTree[Array] | None]:
-        """One step, given the field at its start if it is known, and the field at its last stage."""
         tableau, control = self.tableau, self.terms.contr(t0, t1)
         count = tableau.num_stages if whole else explicit_rk.needed_stages(tableau)
         ks, y_last, f_last = explicit_rk.stages(
-            tableau, self.terms, t0, t1, control, y0, self.args, count, f0
+            tableau, self.terms, t0, t1, control, y0, self.args, count, cache
         )
         y1 = explicit_rk.solution(tableau, y0, ks, y_last)
         if not whole:
-            return Advance(y1, None, None, None, None), None
+            return Advance(y1, None)
         y_error = explicit_rk.combine(None, tableau.b_error, ks)
-        return Advance(y1, None, y_error, ks, _dense(y0, y1, ks)), f_last
+        cache = f_last if self.carries_last_stage else None
+        return Advance(y1, None, y_error, ks, _dense(y0, y1, ks), cache)
 
     def final_state(self, t, y, state):
         del state
@@ -170,10 +174,10 @@ class ReversibleStepper(AbstractStepper):
         error = self.solver.error(records)
         return Attempt(y1, error, None, info, others, cache, diffrax.RESULTS.successful)
 
-    def advance(self, t0, t1, y0, state, made_jump, whole):
+    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
         y1, others, records, info = self._step(t0, t1, y0, state, None, made_jump)
         if not whole:
-            return Advance(y1, others, None, None, None)
+            return Advance(y1, others)
         return Advance(y1, others, self.solver.error(records), None, info)
 
     def final_state(self, t, y, state):
@@ -202,12 +206,12 @@ class SolverStepper(AbstractStepper):
         )
         return Attempt(y1, y_error, None, dense_info, state, None, result)
 
-    def advance(self, t0, t1, y0, state, made_jump, whole):
+    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
         y1, y_error, dense_info, state, _ = self.solver.step(
             self.terms, t0, t1, y0, self.args, state, made_jump
         )
         if not whole:
-            return Advance(y1, state, None, None, None)
+            return Advance(y1, state)
         return Advance(y1, state, y_error, None, dense_info)
 
     def final_state(self, t, y, state):
