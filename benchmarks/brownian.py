@@ -5,7 +5,8 @@ increments in a `jax.lax.scan`, for one path and for a batch through `jax.vmap`,
 steps are equal; `uneven` ones vary by 30 per cent around a 200th of the interval, as adaptive steps
 do. `solve` is a whole forward solve by diffrax with Heun's method; `adaptive`, one with adaptive steps
 (rtol = atol = 1e-3) by `DiscreteAdjoint` on ours and by diffrax's default on diffrax's path, and
-`adaptive gradient` its gradient with respect to y0. The peers:
+`adaptive gradient` its gradient with respect to y0. Adaptive solves of different paths differ in their
+number of steps: there one path means the mean over 16 of them, solved one after the other. The peers:
 
     BrownianGrid.cell        ours, by the number of the step            (even)
     BrownianGrid             ours, by time                              (even)
@@ -51,6 +52,7 @@ TARGETS = {
     "adaptive gradient": [(1, "BrownianInterval", TREE, 0.4), (128, "BrownianInterval", TREE, 0.5)],
 }
 DRAWS_TARGET = 6.0
+SINGLES = 16  # solves of one path each, where their steps are adaptive
 
 
 class Case(NamedTuple):
@@ -199,14 +201,19 @@ NAMES = {
 
 def measure_case(kind: str, case: Case, area: str, rounds: int, seed: int) -> dict[str, Any]:
     """Microseconds and draws per query of every path that can serve this kind of steps."""
-    keys = jax.random.split(jax.random.key(seed), case.lanes)
+    one_by_one = case.lanes == 1 and kind.startswith("adaptive")
+    keys = jax.random.split(jax.random.key(seed), SINGLES if one_by_one else case.lanes)
     lengths = step_lengths(kind, case, seed)
     calls, draws = {}, {}
     for name in NAMES[kind]:
         if name == HAND and area != "W":
             continue
         run = RUNS.get(kind, follow)(name, case, AREAS[area])
-        if case.lanes == 1:
+        if one_by_one:
+            each = lambda keys, length, run=run: jax.lax.map(lambda key: run(key, length), keys)
+            compiled = jax.jit(each).lower(keys, lengths[0]).compile()
+            calls[name] = lambda f=compiled: f(keys, lengths[0])
+        elif case.lanes == 1:
             compiled = jax.jit(run).lower(keys[0], lengths[0]).compile()
             calls[name] = lambda f=compiled: f(keys[0], lengths[0])
         else:
@@ -215,7 +222,8 @@ def measure_case(kind: str, case: Case, area: str, rounds: int, seed: int) -> di
         if name in ("BrownianInterval", ROUNDED) and kind not in RUNS:
             draws[name] = float(jnp.mean(calls[name]()[1]))
     seconds = measure.interleaved(calls, rounds)
-    micro = {name: 1e6 * statistics.median(s) / case.steps for name, s in seconds.items()}
+    queries = case.steps * (SINGLES if one_by_one else 1)
+    micro = {name: 1e6 * statistics.median(s) / queries for name, s in seconds.items()}
     claims = [
         measure.Claim(
             f"{name} / {peer}, {kind}, {area}, {lanes}", measure.ratio(seconds, name, peer), most

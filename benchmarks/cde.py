@@ -177,6 +177,33 @@ def time_compilation(case: Case, name: str) -> list[float]:
     return measure.compile_seconds(ft.partial(compiled, case, name), case.compilations)
 
 
+def torch_linear(linear: eqx.nn.Linear) -> Any:
+    """The same layer in torch."""
+    import torch
+
+    copy = torch.nn.Linear(linear.weight.shape[1], linear.weight.shape[0])
+    copy.weight.data = torch.tensor(np.asarray(linear.weight))
+    copy.bias.data = torch.tensor(np.asarray(linear.bias))
+    return copy
+
+
+def torch_field(model: NeuralCDE) -> Any:
+    """The vector field of a model, of one hidden softplus layer, in torch."""
+    import torch
+
+    class Field(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = map(torch_linear, model.vector_field.field.mlp.layers)
+            self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, t, z):
+            out = self.last(torch.nn.functional.softplus(self.first(z)))
+            return (self.scale * torch.tanh(out)).view(*z.shape, CHANNELS)
+
+    return Field()
+
+
 def time_torch(case: Case) -> dict[str, Any]:
     """Gradient and forward times of torchcde, on the same weights and series.
 
@@ -187,24 +214,8 @@ def time_torch(case: Case) -> dict[str, Any]:
     import torchcde
 
     model, (ts, ys) = model_of(case), series(case)
-    hidden, width, _, length = case.size
-
-    class Field(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = torch.nn.Linear(hidden, width)
-            self.last = torch.nn.Linear(width, hidden * CHANNELS)
-            self.scale = torch.nn.Parameter(torch.tensor(1.0))
-
-        def forward(self, t, z):
-            out = self.last(torch.nn.functional.softplus(self.first(z)))
-            return (self.scale * torch.tanh(out)).view(*z.shape, CHANNELS)
-
-    field, initial = Field(), torch.nn.Linear(CHANNELS, hidden)
-    linears = [*model.vector_field.field.mlp.layers, model.initial]
-    for ours, theirs in zip(linears, [field.first, field.last, initial], strict=True):
-        theirs.weight.data = torch.tensor(np.asarray(ours.weight))
-        theirs.bias.data = torch.tensor(np.asarray(ours.bias))
+    length = case.size.length
+    field, initial = torch_field(model), torch_linear(model.initial)
     parameters = (*field.parameters(), *initial.parameters())
     values = torch.tensor(np.concatenate([ts[:, :, None], ys], axis=2))
     knots = torch.linspace(0, 1, length)

@@ -33,7 +33,13 @@ class Case(NamedTuple):
     width: int
 
 
-CASES = (Case(4, 256, 500, 32), Case(32, 128, 200, 64))
+# Twice with fields that cost more than the noise, twice with cheap ones.
+CASES = (
+    Case(4, 256, 500, 32),
+    Case(32, 128, 200, 64),
+    Case(4, 256, 500, 8),
+    Case(32, 128, 200, 16),
+)
 
 
 def networks(case: Case, key: jax.Array) -> tuple[eqx.nn.MLP, eqx.nn.MLP]:

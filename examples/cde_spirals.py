@@ -30,9 +30,8 @@ HIDDEN = 8
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "cde_spirals.png"
 
 
-def spirals(number, dropped, rng):
-    """Paths through `number` spirals without a fraction of their points, and labels; 1 is
-    mirrored."""
+def observed(number, dropped, rng):
+    """Times (points,), values (number, points, 2), which are seen, and labels; 1 is mirrored."""
     ts = np.linspace(0.0, 4 * np.pi, POINTS)
     angle = rng.uniform(0, 2 * np.pi, number)[:, None] - 2.0 * ts
     radius = np.exp(-0.3 * ts)
@@ -41,6 +40,12 @@ def spirals(number, dropped, rng):
     ys = np.stack([mirror * radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
     seen = rng.uniform(size=(number, POINTS)) >= dropped
     seen[:, 0] = seen[:, -1] = True
+    return ts, ys, seen, labels
+
+
+def spirals(number, dropped, rng):
+    """Paths through `number` spirals without a fraction of their points, and labels."""
+    ts, ys, seen, labels = observed(number, dropped, rng)
     series = [(ts[rows], y[rows]) for rows, y in zip(seen, ys, strict=True)]
     # Series of unequal length become one array; their padding never reaches the model.
     ts, ys, _, lengths = paths.pad_series(series)
