@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 from nde.solvers.heuristics import Judge, Judged
 from nde.solvers.hoist import Hoisted, Pool
 from nde.solvers.lanes import Batch
-from nde.solvers.noise import noise_of, with_terms
+from nde.solvers.noise import Noise, noise_of, with_terms
 from nde.solvers.stepper import AbstractStepper
 
 
@@ -116,6 +116,64 @@ class Traced:
         return {i for f in functions for i in f.uses}
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """One attempt, and one step of the solution, of one lane: what `trace` turns into `Hoisted`."""
+
+    stepper: AbstractStepper
+    controller: diffrax.AbstractStepSizeController
+    noise: Noise | None
+    judge: Judge | None
+    jumps: bool
+    dense: bool  # outputs fall inside steps
+    rounds: bool  # the end of a step may be moved to where the noise is found cheaply
+    hands_over: bool
+
+    def knowing(self, increments: PyTree) -> AbstractStepper:
+        """The stepper, told the increments of the remembering paths."""
+        if self.noise is None:
+            return self.stepper
+        return with_terms(self.stepper, self.noise.known(increments))
+
+    def attempt(
+        self, y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state, x
+    ) -> Step:
+        """Tries a step; the controller says whether it is kept, and what comes next."""
+        made_jump = made_jump if self.jumps else False
+        tried = self.knowing(x).attempt(tprev, tnext, y, state, cache, made_jump)
+        finite = _all_finite(tried.y1)
+        guess, y_error = _guarded(y, tried.y1, tried.y_error, finite)
+        order: Any = self.stepper.solver.error_order(self.stepper.terms)
+        keep, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
+            tprev, tnext, y, guess, self.stepper.args, y_error, order, controller_state
+        )
+        t = jnp.minimum(t, t1)
+        t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, keep)
+        if self.noise is not None and self.rounds:
+            t_end = jnp.where(t_end == t1, t1, self.noise.round_end(t, t_end))
+        solver_result = diffrax.RESULTS.where(keep, tried.result, diffrax.RESULTS.successful)
+        ok = solver_result == diffrax.RESULTS.successful
+        result = diffrax.RESULTS.where(ok, result, solver_result)
+        # An infinite or undefined state is never a solution, even where no error estimate objects.
+        result = jnp.where(
+            jnp.asarray(keep) & ~finite, code(diffrax.RESULTS.nonfinite), code(result)
+        )
+        return Step(
+            jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
+            t, t_end, controller_state, result, tried.dense_info if self.dense else None,
+            self.judge and self.judge(tprev, tnext, y, tried.y1, tried.y_error, tried.ks),
+        )  # fmt: skip
+
+    def advance(self, y, inner, t0, t1, made_jump, x):
+        """The part of a step to differentiate."""
+        state, cache = inner if self.hands_over else (inner, None)
+        made_jump, whole = made_jump if self.jumps else False, self.dense or self.judge is not None
+        out = self.knowing(x).advance(t0, t1, y, state, made_jump, whole, cache)
+        judged = self.judge and self.judge(t0, t1, y, out.y1, out.y_error, out.ks)
+        inner = (out.state, out.cache) if self.hands_over else out.state
+        return out.y1, inner, out.dense_info if self.dense else None, judged
+
+
 def trace(
     stepper: AbstractStepper,
     controller: diffrax.AbstractStepSizeController,
@@ -126,7 +184,6 @@ def trace(
     judge: Judge | None,
 ) -> Traced:
     """Traces a solve at the shapes of `start`."""
-    pool = Pool()
     uniform, jumps = _controller_habits(stepper, controller, start)
     jumps = jumps or fresh_jumps
     subs = inner_saves(saveat, init_state)
@@ -135,61 +192,28 @@ def trace(
     if uniform and not whole:
         stepper = stepper.bare()
     hands_over = whole and not jumps and stepper.hands_over()
-    bit = lambda jump: jump if jumps else False
-    noise = noise_of(stepper, start.tprev, start.tnext, start.y, start.state)
-    free = not uniform and not _must_hit(controller)
-    knowing = lambda x: stepper if noise is None else with_terms(stepper, noise.known(x))
-    order: Any = stepper.solver.error_order(stepper.terms)
-
-    def attempt(y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state, x) -> Step:
-        tried = knowing(x).attempt(tprev, tnext, y, state, cache, bit(made_jump))
-        finite = _all_finite(tried.y1)
-        guess, y_error = _guarded(y, tried.y1, tried.y_error, finite)
-        keep, t, t_end, jumped, controller_state, result = controller.adapt_step_size(
-            tprev, tnext, y, guess, stepper.args, y_error, order, controller_state
-        )
-        t = jnp.minimum(t, t1)
-        t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, keep)
-        if noise is not None and free:
-            t_end = jnp.where(t_end == t1, t1, noise.round_end(t, t_end))
-        solver_result = diffrax.RESULTS.where(keep, tried.result, diffrax.RESULTS.successful)
-        ok = solver_result == diffrax.RESULTS.successful
-        result = diffrax.RESULTS.where(ok, result, solver_result)
-        # An infinite or undefined state is never a solution, even where no error estimate objects.
-        result = jnp.where(
-            jnp.asarray(keep) & ~finite, code(diffrax.RESULTS.nonfinite), code(result)
-        )
-        return Step(
-            jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
-            t, t_end, controller_state, result, tried.dense_info if dense else None,
-            judge and judge(tprev, tnext, y, tried.y1, tried.y_error, tried.ks),
-        )  # fmt: skip
-
-    def advance(y, inner, t0, t1, made_jump, x):
-        state, cache = inner if hands_over else (inner, None)
-        out = knowing(x).advance(t0, t1, y, state, bit(made_jump), whole, cache)
-        judged = judge and judge(t0, t1, y, out.y1, out.y_error, out.ks)
-        inner = (out.state, out.cache) if hands_over else out.state
-        return out.y1, inner, out.dense_info if dense else None, judged
-
     tprev, tnext = start.tprev, start.tnext
-    memory, draw, increments = None, None, ()
+    noise = noise_of(stepper, tprev, tnext, start.y, start.state)
+    rounds = not uniform and not _must_hit(controller)
+    steps = _Steps(stepper, controller, noise, judge, jumps, dense, rounds, hands_over)
+
+    pool, memory, draw, increments = Pool(), None, None, ()
     if noise is not None:
         memory = pool.hoist(lambda t: noise.init(), tprev)
         draw = pool.hoist(noise.draw, tprev, tnext, memory.out)
         increments = draw.out[0]
     cache = pool.hoist(stepper.cache, tprev, start.y, start.state)
-    hoisted_attempt = pool.hoist(
-        attempt, start.y, start.state, cache.out, start.made_jump, tprev, tnext, start.t1, start.t1,
-        start.controller_state, increments,
+    attempt = pool.hoist(
+        steps.attempt, start.y, start.state, cache.out, start.made_jump, tprev, tnext, start.t1,
+        start.t1, start.controller_state, increments,
     )  # fmt: skip
     inner = (start.state, cache.out) if hands_over else start.state
-    hoisted_advance = pool.hoist(advance, start.y, inner, tprev, tnext, start.made_jump, increments)
-    *_, info, judged = hoisted_advance.out
+    advance = pool.hoist(steps.advance, start.y, inner, tprev, tnext, start.made_jump, increments)
+    *_, info, judged = advance.out
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
     return Traced(
-        pool, stepper, memory, draw, hoisted_attempt, hoisted_advance, cache, saves, uniform, jumps,
-        hands_over, increments, knowing, judged,
+        pool, stepper, memory, draw, attempt, advance, cache, saves, uniform, jumps, hands_over,
+        increments, steps.knowing, judged,
     )  # fmt: skip
 
 
