@@ -4,16 +4,16 @@ r"""The structured linear controlled differential equation: a CDE without a loop
 
 linear in the state, so that one interval of the data is one matrix and the series a product:
 
-    h_k = M_k h_(k-1),    M_k = step(B_k),    B_k = sum_i A_i dw_k^i.
+    h_k = M_k h_(k-1),    M_k = 1 + step(B_k),    B_k = sum_i A_i dw_k^i.
 
 The A_i share a block-diagonal structure: blocks of size 1 (diagonal), b, or the whole state
-(dense). All M_k are made at once; what remains in order is the recurrence of `nde._recurrence`.
+(dense). `nde._recurrence` takes the product.
 
 Driver      w = (t, x) (`differences`: dw = (dt, dx), a CDE), or w = int (1, x) dt (`integral`:
             dw = dt (1, x_k), for tokens and rates). Where time stands still, as in padding by
             repetition, `integral` gives dw = 0, and so does `differences` if x repeats too.
 Step        `first_order`: M = 1 + B. `exponential`: M = exp(B), exact for a path linear in
-            between.
+            between. `orthogonal`: M = exp(B - B^T), a rotation: h keeps its norm.
 Layer       v = norm(skip(x) + h),  x' = v + (U v) * sigmoid(G v);  the next layer is driven by x'.
 
 What a layer can compute depends on the structure. Diagonal matrices commute: a diagonal layer
@@ -23,14 +23,16 @@ block of 2 has it as a rotation by pi. A sign is right for any negative entry; t
 adds up over long words. The rotations of an icosahedron (the group A5) need blocks of at least 3.
 
 In code:    A_i -> generators of shape (driver channels, block, block, blocks), lanes last
-Cost:       hidden * block per time and driver channel for the B_k, hidden * block for the rest.
-Not for:    a state that must stay bounded: products grow. Scale the data to order one.
+Cost:       hidden * block per time and driver channel for the B_k, hidden * block for the rest;
+            `exponential` and `orthogonal` add 17 products of blocks per time, hidden * block^2 each.
+            Outputs at all times cost the mixing at all times, like layers below another.
+Not for:    long series with `first_order` or `exponential` and data that is not small: products
+            grow or vanish. Scale the data to order one, or take `orthogonal`.
 Reference:  Structured linear CDEs: maximally expressive and parallel-in-time sequence models
             (2025) | arXiv:2505.17761
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -40,9 +42,19 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from nde._protocol import check_callable, check_key, check_times
-from nde._recurrence import by_platform, product
+from nde._recurrence import by_platform, in_chunks, in_order, product
 
-__all__ = ["LinearCDE", "differences", "exponential", "first_order", "integral"]
+__all__ = [
+    "LinearCDE",
+    "by_platform",
+    "differences",
+    "exponential",
+    "first_order",
+    "in_chunks",
+    "in_order",
+    "integral",
+    "orthogonal",
+]
 
 
 def differences(
@@ -61,38 +73,48 @@ def integral(
 
 
 def first_order(
-    generator: Float[Array, "intervals block block blocks"],
-) -> Float[Array, "intervals block block blocks"]:
-    """1 + B: cheap; can reflect, and can be singular."""
-    return jnp.eye(generator.shape[1], dtype=generator.dtype)[None, :, :, None] + generator
+    generator: Float[Array, "block block *lanes"],
+) -> Float[Array, "block block *lanes"]:
+    """M = 1 + B: cheap; can reflect, and can be singular."""
+    return generator
 
 
-@jax.checkpoint  # a dozen matrices per interval would otherwise wait for the backward pass
 def exponential(
-    generator: Float[Array, "intervals block block blocks"],
-) -> Float[Array, "intervals block block blocks"]:
-    """exp(B): invertible whatever B is. Accurate to rounding in float64 up to a norm of B of 12; the
-    series, of B / 32, leaves out (norm / 32)^13 / 13!.
+    generator: Float[Array, "block block *lanes"],
+) -> Float[Array, "block block *lanes"]:
+    """M = exp(B): invertible whatever B is. Accurate to rounding in float64 up to a norm of B of 12;
+    the series, of B / 32, leaves out (norm / 32)^13 / 13!.
     """
-    if generator.shape[1] == 1:
-        return jnp.exp(generator)
-    squarings = 5
+    if generator.shape[0] == 1:
+        return jnp.expm1(generator)
+    squarings, terms = 5, 12
     x = generator / 2**squarings
-    x2 = product(x, x)
-    x3, x4 = product(x2, x), product(x2, x2)
-    powers = (x, x2, x3, x4)
-    # Taylor's series of exp(x) - 1 up to x^12, in x^4 (Paterson and Stockmeyer).
-    weights = 1 / np.cumprod(np.arange(1.0, 13.0))
-    parts: Any = [
-        sum(float(w) * power for w, power in zip(row, powers, strict=True))
-        for row in weights.reshape(3, 4)
-    ]
-    low, middle, high = parts
-    rest = low + product(x4, middle + product(x4, high))
-    # exp(2x) - 1 = 2e + e^2 with e = exp(x) - 1: nothing is lost where x is small.
-    for _ in range(squarings):
-        rest = 2 * rest + product(rest, rest)
-    return first_order(rest)
+
+    # Loops, because the compiler would merge a chain of products and make each many times over.
+    def horner(rest, k):
+        return (x + product(x, rest)) / k, None
+
+    def square(rest, _):
+        # exp(2x) - 1 = 2e + e^2 with e = exp(x) - 1: nothing is lost where x is small.
+        return 2 * rest + product(rest, rest), None
+
+    orders = jnp.arange(terms - 1, 0, -1, dtype=x.dtype)
+    rest, _ = jax.lax.scan(horner, x / terms, orders)
+    return jax.lax.scan(square, rest, length=squarings)[0]
+
+
+def orthogonal(
+    generator: Float[Array, "block block *lanes"],
+) -> Float[Array, "block block *lanes"]:
+    """M = exp(B - B^T): a rotation, so that products neither grow nor vanish. Angles of order pi need
+    an `init_std` of that order.
+
+    Raises:
+        ValueError: for blocks of 1, which cannot turn.
+    """
+    if generator.shape[0] == 1:
+        raise ValueError("`orthogonal` turns blocks; a block of 1 cannot turn. Use `block` >= 2.")
+    return exponential(generator - jnp.swapaxes(generator, 0, 1))
 
 
 class Layer(eqx.Module):
@@ -122,25 +144,30 @@ class Layer(eqx.Module):
         self, ts: Float[Array, " times"], xs: Float[Array, "times channels"]
     ) -> Float[Array, "times hidden"]:
         """h at `ts`: the linear CDE alone."""
-        _, block, _, blocks = self.generators.shape
-        start = self.initial(xs[0])
-        increments = self.driver(ts, xs)
-        matrices = self.step(jnp.tensordot(increments, self.generators, axes=1))
-        still = jnp.zeros((increments.shape[0], block, blocks), dtype=start.dtype)
-        hs = self.recurrence(matrices, still, start.reshape(block, blocks))
-        return jnp.concatenate([start[None], hs.reshape(-1, block * blocks)])
+        end, before = self._solve(ts, xs)
+        return jnp.concatenate([before, end[None]]).reshape(ts.shape[0], -1)
 
     def __call__(
         self, ts: Float[Array, " times"], xs: Float[Array, "times channels"]
     ) -> Float[Array, "times hidden"]:
         """x' at `ts`: what drives the next layer."""
+        return jax.vmap(self._mixed)(xs, self.states(ts, xs))
 
-        def mixed(x, h):
-            v = self.norm(self.skip(x) + h)
-            value, gate = jnp.split(self.mix(v), 2)
-            return v + value * jax.nn.sigmoid(gate)
+    def last(
+        self, ts: Float[Array, " times"], xs: Float[Array, "times channels"]
+    ) -> Float[Array, " hidden"]:
+        """x' at the last time alone, without the mixing before it."""
+        return self._mixed(xs[-1], self._solve(ts, xs)[0].reshape(-1))
 
-        return jax.vmap(mixed)(xs, self.states(ts, xs))
+    def _solve(self, ts, xs):
+        shape = self.generators.shape[2:]
+        start = self.initial(xs[0]).reshape(shape)
+        return self.recurrence(self.step, self.generators, self.driver(ts, xs), start)
+
+    def _mixed(self, x, h):
+        v = self.norm(self.skip(x) + h)
+        value, gate = jnp.split(self.mix(v), 2)
+        return v + value * jax.nn.sigmoid(gate)
 
 
 class LinearCDE(eqx.Module):
@@ -156,9 +183,11 @@ class LinearCDE(eqx.Module):
         driver: What drives a layer: `differences` or `integral`, or any
             `driver(ts, xs) -> increments` with shapes (times,), (times, channels) and
             (times - 1, channels + 1).
-        step: From generators to matrices: `first_order` or `exponential`.
-        recurrence: How the product is taken, of `nde._recurrence`: in order on a CPU, by an
-            associative scan elsewhere.
+        step: From a generator B to M - 1: `first_order`, `exponential`, `orthogonal`, or any
+            `step(generator)` on matrices in the first two axes of an array, with step(0) = 0.
+        recurrence: How the product is taken: `in_order`, `in_chunks` or `by_platform`, the former
+            on a CPU and the latter elsewhere. On a CPU `in_chunks` can be faster where the batch is
+            small and so are the blocks.
         init_std: Spread of the initial generators; that of an entry is `init_std / sqrt(block)`.
         key: Of the initial weights.
 
@@ -201,7 +230,7 @@ class LinearCDE(eqx.Module):
             )
         check_callable("driver", driver, "(ts, xs)")
         check_callable("step", step, "(generator)")
-        check_callable("recurrence", recurrence, "(matrices, offsets, start)")
+        check_callable("recurrence", recurrence, "(step, generators, increments, start)")
         *layer_keys, readout_key = jax.random.split(key, depth + 1)
         self.layers = tuple(
             Layer(size, hidden, block, init_std, driver, step, recurrence, layer_key)
@@ -223,22 +252,25 @@ class LinearCDE(eqx.Module):
         Raises:
             ValueError: if the series does not fit the model, or is not finite or not in order.
         """
-        return self.readout(self._features(ts, ys)[-1])
+        ts, xs = self._driven(ts, ys)
+        return self.readout(self.layers[-1].last(ts, xs))
 
     def trajectory(
         self, ts: Float[Array, " times"], ys: Float[Array, "times channels"]
     ) -> Float[Array, "times out_size"]:
         """The outputs at `ts`; each depends on the series up to its time alone."""
-        return jax.vmap(self.readout)(self._features(ts, ys))
+        ts, xs = self._driven(ts, ys)
+        return jax.vmap(self.readout)(self.layers[-1](ts, xs))
 
-    def _features(self, ts: Array, ys: Array) -> Float[Array, "times hidden"]:
+    def _driven(self, ts, ys):
+        """The times, and what drives the last layer."""
         check_series(ts, ys, self.channels)
         dtype = self.readout.weight.dtype
         # Times are made relative before they lose precision.
         ts, xs = (ts - ts[0]).astype(dtype), ys.astype(dtype)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             xs = layer(ts, xs)
-        return xs
+        return ts, xs
 
 
 def check_series(ts: Array, ys: Array, channels: int) -> None:

@@ -7,113 +7,124 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from nde import _recurrence
 from nde.linear_cde import (
     LinearCDE,
+    by_platform,
     differences,
     exponential,
     first_order,
+    in_chunks,
+    in_order,
     integral,
+    orthogonal,
 )
 
 KEY = jax.random.key(0)
 TIMES, CHANNELS, HIDDEN = 33, 2, 12
 TS = jnp.cumsum(jax.random.uniform(jax.random.key(1), (TIMES,)))
 YS = jax.random.normal(jax.random.key(2), (TIMES, CHANNELS))
-BLOCKS = [1, 4, 12]  # diagonal to dense; the last is above `UNROLLED`
-RECURRENCES = [_recurrence.sequential, _recurrence.parallel, _recurrence.by_platform]
+BLOCKS = [1, 4, 12]  # diagonal to dense; the last is above `WRITTEN_OUT`
+RECURRENCES = [in_order, in_chunks]
 
 
 def make(block=4, **options):
     return LinearCDE(CHANNELS, HIDDEN, 3, block=block, key=KEY, **options)
 
 
-def naive(matrices, offsets, start):
-    """One dense matrix per time, from the blocks, and a Python loop."""
+def naive(generators, increments, start):
+    """One dense matrix per interval, from the blocks, and a Python loop; the states at all times."""
     size, lanes = start.shape
-    h, found = start.T.ravel(), []
-    for matrix, offset in zip(matrices, offsets, strict=True):
-        dense = scipy.linalg.block_diag(*(matrix[:, :, lane] for lane in range(lanes)))
-        h = dense @ h + offset.T.ravel()
+    h, found = start.T.ravel(), [start]
+    for dw in increments:
+        blocks = sum(a * x for a, x in zip(generators, dw, strict=True))
+        matrix = scipy.linalg.block_diag(*(blocks[:, :, lane] for lane in range(lanes)))
+        h = h + matrix @ h
         found.append(h.reshape(lanes, size).T)
     return np.stack(found)
 
 
-def recurrence_problem(block, times, dtype=float):
+def problem(block, intervals, dtype=float):
+    """A random walk drives a state of order one, whatever the number of intervals."""
     keys = jax.random.split(jax.random.key(block), 3)
     lanes = HIDDEN // block
-    spread = 0.3 / block**0.5
-    matrices = spread * jax.random.normal(keys[0], (times, block, block, lanes), dtype=dtype)
-    matrices = matrices + 0.9 * jnp.eye(block, dtype=dtype)[None, :, :, None]
-    offsets = jax.random.normal(keys[1], (times, block, lanes), dtype=dtype)
-    return matrices, offsets, jax.random.normal(keys[2], (block, lanes), dtype=dtype)
+    generators = jax.random.normal(keys[0], (3, block, block, lanes), dtype=dtype) / block**0.5
+    increments = jax.random.normal(keys[1], (intervals, 3), dtype=dtype) / intervals**0.5
+    return generators, increments, 1 + jax.random.uniform(keys[2], (block, lanes), dtype=dtype)
+
+
+def states_of(recurrence, step=first_order):
+    def solve(generators, increments, start):
+        end, before = recurrence(step, generators, increments, start)
+        return jnp.concatenate([before, end[None]])
+
+    return solve
 
 
 @jax.jit
-def every_way(*problem):
-    return [recurrence(*problem) for recurrence in RECURRENCES]
+def every_way(*arguments):
+    return [states_of(way)(*arguments) for way in (*RECURRENCES, by_platform)]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_way_equals_the_loop(block):
-    problem = recurrence_problem(block, 9)
-    expected = naive(*map(np.asarray, problem))
-    tolerance = 1e-12 * np.abs(expected).max()
-    for found in every_way(*problem):
+@pytest.mark.parametrize("intervals", [1, 37])  # less than one per chunk, and chunks with padding
+def test_every_way_equals_the_loop(block, intervals):
+    arguments = problem(block, intervals)
+    expected = naive(*map(np.asarray, arguments))
+    tolerance = 1e-13 * np.abs(expected).max()
+    for found in every_way(*arguments):
         np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(
     "block, dtype, tolerance", [(4, jnp.float32, 1e-5), (1, jnp.float64, 1e-12)]
 )
-def test_the_scan_equals_the_loop_on_a_long_series(block, dtype, tolerance):
-    problem = recurrence_problem(block, 2000, dtype)
-    # A contraction, so that the numbers compare over the whole length.
-    problem = (0.9 / (1 + 0.3 * 2) * problem[0], *problem[1:])
-    expected = naive(*(np.asarray(x, dtype=float) for x in problem))
-    error = np.abs(np.asarray(jax.jit(_recurrence.parallel)(*problem)) - expected).max()
+def test_chunks_equal_the_loop_on_a_long_series(block, dtype, tolerance):
+    arguments = problem(block, 2000, dtype)
+    expected = naive(*(np.asarray(x, dtype=float) for x in arguments))
+    assert np.abs(expected[-1] - expected[0]).max() > 0.5
+    found = np.asarray(jax.jit(states_of(in_chunks))(*arguments))
+    error = np.abs(found - expected).max()
     assert error < tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("block", [1, 4, 12])
 def test_gradients_equal_autodiff_of_the_loop(block):
-    problem = recurrence_problem(block, 5)
-    weights = jax.random.normal(KEY, problem[1].shape)
+    arguments = problem(block, 18)
+    weights = jax.random.normal(KEY, (19, *arguments[2].shape))
 
-    def loop(matrices, offsets, start):
-        h, found = start, []
-        for matrix, offset in zip(matrices, offsets, strict=True):
-            h = jnp.einsum("ijn,jn->in", matrix, h) + offset
+    def loop(generators, increments, start):
+        h, found = start, [start]
+        for dw in increments:
+            h = h + jnp.einsum("c,cijn,jn->in", dw, generators, h)
             found.append(h)
         return jnp.stack(found)
 
-    def loss(solve, *problem):
-        return jnp.sum(weights * solve(*problem) ** 2)
+    def loss(solve, *arguments):
+        return jnp.sum(weights * solve(*arguments) ** 2)
 
     @jax.jit
-    def gradients(*problem):
-        ways = [loop, *RECURRENCES]
-        return [jax.grad(loss, argnums=(1, 2, 3))(way, *problem) for way in ways]
+    def gradients(*arguments):
+        ways = [loop, *map(states_of, RECURRENCES)]
+        return [jax.grad(loss, argnums=(1, 2, 3))(way, *arguments) for way in ways]
 
-    wanted, *given = gradients(*problem)
+    wanted, *given = gradients(*arguments)
     for way in given:
         for a, b in zip(way, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11 * np.abs(b).max())
 
 
 def test_a_gradient_has_a_gradient():
-    problem = recurrence_problem(2, 5)
+    generators, *others = problem(2, 18)
 
     def norm(solve, scale):
-        inner = jax.grad(lambda m: jnp.sum(solve(m, *problem[1:]) ** 2))(scale * problem[0])
+        inner = jax.grad(lambda a: jnp.sum(solve(a, *others) ** 2))(scale * generators)
         return jnp.sum(inner**2)
 
     @jax.jit
     def slopes_and_norms(low, high):
-        slopes = jnp.stack(
-            [jax.grad(norm, argnums=1)(way, (low + high) / 2) for way in RECURRENCES]
-        )
-        return slopes, norm(RECURRENCES[0], low), norm(RECURRENCES[0], high)
+        ways = [states_of(recurrence) for recurrence in RECURRENCES]
+        slopes = jnp.stack([jax.grad(norm, argnums=1)(way, (low + high) / 2) for way in ways])
+        return slopes, norm(ways[0], low), norm(ways[0], high)
 
     step = 1e-5
     slopes, low, high = slopes_and_norms(0.7 - step, 0.7 + step)
@@ -122,20 +133,62 @@ def test_a_gradient_has_a_gradient():
 
 
 exponentials = jax.jit(exponential)
+rotations = jax.jit(orthogonal)
 states = eqx.filter_jit(lambda layer, ts, xs: layer.states(ts, xs))
 
 
 @pytest.mark.parametrize("size", BLOCKS)
 def test_exponential_equals_scipy(size):
     """Up to the norm that the docstring names."""
-    start = np.array(jax.random.normal(KEY, (2, size, size, 3)))
-    for norm in (1e-6, 1.0, 12.0):
-        generator = start * norm / np.abs(start).sum(axis=1).max()
+    start = np.array(jax.random.normal(KEY, (size, size, 6)))
+    for norm in (1e-3, 1.0, 12.0):
+        generator = start * norm / np.abs(start).sum(axis=0).max()
         given = exponentials(jnp.asarray(generator))
-        for k, lane in np.ndindex(2, 3):
-            expected = scipy.linalg.expm(generator[k, :, :, lane])
+        for lane in range(6):
+            expected = scipy.linalg.expm(generator[:, :, lane])
             tolerance = 1e-13 * max(1.0, np.abs(expected).max())
-            np.testing.assert_allclose(given[k, :, :, lane], expected, atol=tolerance, rtol=1e-12)
+            found = np.eye(size) + given[:, :, lane]
+            np.testing.assert_allclose(found, expected, atol=tolerance, rtol=1e-12)
+
+
+def test_nothing_is_lost_of_a_small_exponential():
+    generator = 1e-9 * np.array(jax.random.normal(KEY, (4, 4, 3)))
+    expected = generator + np.einsum("ijn,jkn->ikn", generator, generator) / 2
+    given = exponentials(jnp.asarray(generator))
+    np.testing.assert_allclose(given, expected, rtol=1e-14, atol=1e-14 * np.abs(generator).max())
+
+
+def test_the_gradient_of_the_exponential_is_that_of_jax():
+    generator, weights = jax.random.normal(KEY, (2, 4, 4))
+
+    @jax.jit
+    def gradients(generator):
+        def ours(b):
+            return jnp.sum(weights * exponential(b[:, :, None])[:, :, 0])
+
+        def theirs(b):
+            return jnp.sum(weights * jax.scipy.linalg.expm(b))
+
+        return jax.grad(ours)(generator), jax.grad(theirs)(generator)
+
+    np.testing.assert_allclose(*gradients(generator), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_orthogonal_turns(size):
+    generator = 3 * np.array(jax.random.normal(KEY, (size, size, 5)))
+    given = rotations(jnp.asarray(generator))
+    for lane in range(5):
+        matrix = np.eye(size) + given[:, :, lane]
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-12)
+        assert np.linalg.det(matrix) > 0
+        skew = generator[:, :, lane] - generator[:, :, lane].T
+        np.testing.assert_allclose(matrix, scipy.linalg.expm(skew), atol=1e-12)
+
+
+def test_a_block_of_one_cannot_turn():
+    with pytest.raises(ValueError, match="Use `block` >= 2"):
+        make(1, step=orthogonal)(TS, YS)
 
 
 def test_exponential_is_exact_in_between_and_first_order_is_not():
