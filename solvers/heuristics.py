@@ -68,11 +68,12 @@ class Estimates:
 
 
 class Judged(NamedTuple):
-    """The estimates of one step, or of all, row by row."""
+    """The estimates of one step, or of all, row by row; among cotangents an entry is None where nothing
+    depends on it."""
 
-    error: Array | None  # E; among cotangents None, as the others, where nothing depends on it
-    stiffness: Array | None  # S; None for a solver without it too
-    length: Array | None  # h, positive
+    error: Array  # E
+    stiffness: Array | None  # S; None for a solver without it
+    length: Array  # h, positive
 
 
 class Judge(NamedTuple):

@@ -13,7 +13,7 @@ its own with cotangent zero. A lane that failed has no step that is safe to eval
 (`donors`), and contributes exactly nothing.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -315,7 +315,8 @@ def _asked(judged: Judged | None, cts: Judged | None) -> Judged | None:
     """The estimates that have cotangents: the others cost nothing on the way back."""
     if judged is None or cts is None:
         return None
-    return Judged(*(x if ct is not None else None for x, ct in zip(judged, cts, strict=True)))
+    kept: list[Any] = [None if ct is None else x for x, ct in zip(judged, cts, strict=True)]
+    return Judged(*kept)
 
 
 def _inexact(tree: PyTree) -> PyTree:
