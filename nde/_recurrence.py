@@ -22,6 +22,7 @@ elementwise over lanes; a large one is a matrix product.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,8 @@ def in_chunks(
     times = -(-intervals // chunks)
     padded = jnp.pad(increments, [(0, times * chunks - intervals), (0, 0)])
     lanes = jnp.moveaxis(padded.reshape(chunks, times, -1), 0, -1)
-    end, hs = _side_by_side(step, generators, lanes, start)
+    both: Any = _side_by_side(step, generators, lanes, start)  # pyright sees an object
+    end, hs = both
     return end, jnp.moveaxis(hs, -1, 0).reshape(-1, *start.shape)[:intervals]
 
 
@@ -94,8 +96,8 @@ def by_platform(
     step: Callable, generators: Generators, increments: Increments, start: State
 ) -> tuple[State, States]:
     """The same, in the way that suits the device."""
-    ways = {"cpu": functools.partial(in_order, step), "default": functools.partial(in_chunks, step)}
-    return jax.lax.platform_dependent(generators, increments, start, **ways)
+    first, other = functools.partial(in_order, step), functools.partial(in_chunks, step)
+    return jax.lax.platform_dependent(generators, increments, start, cpu=first, default=other)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
