@@ -275,9 +275,8 @@ def main(
 
 
 # *What to take away*: the solver already knows how hard a path was, and asking for easy ones costs
-# no evaluation forward. It saves a tenth of the evaluations at the same moments, and a fifth
-# (`ERNSDE 10`) at errors of 0.1 in the variances. Stiffness does not limit these steps, accuracy
-# does, so SRNSDE saves none.
+# no evaluation forward. It saves a tenth of the evaluations at about the same moments, and a fifth
+# (`ERNSDE 10`) at twice the errors. Accuracy limits these steps, not stability, so SRNSDE saves none.
 # *Next*: the same for ordinary equations, `ernode_digits.py`.
 
 if __name__ == "__main__":
