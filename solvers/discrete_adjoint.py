@@ -10,7 +10,8 @@ rejected steps do not take part. The states y_n come from the tape (`tape`) or f
 
 Cost:       one gradient is 2 F + 1 B per step up to `checkpoints` accepted steps, 3 F + 1 B beyond that
             (F: the vector-field evaluations of a step, B: their transpose; the forward solve is 1 F).
-Memory:     2 `checkpoints` states, or about 4 sqrt(max_steps) if that is more; 2 max_steps times.
+Memory:     2 `checkpoints` states, or about 4 sqrt(max_steps) if that is more; 2 max_steps times. With
+            outputs inside steps, or estimates, an FSAL method adds its last stage to each state.
 Reference:  On Neural Differential Equations, Kidger (2022), section 5.1 | arXiv:2202.02435
 """
 
@@ -23,8 +24,6 @@ from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving
 from nde.solvers.heuristics import Estimates
 from nde.solvers.program import Start, Traced
-from nde.solvers.sosri import SOSRI2
-from nde.solvers.staged import StagedStepper
 from nde.solvers.stepper import stepper_for
 
 
@@ -72,8 +71,6 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
             return diffrax.RecursiveCheckpointAdjoint().loop(**options)
         problem = [options[name] for name in ("solver", "terms", "args", "t0", "t1")]
         stepper = stepper_for(*problem, y0=options["init_state"].y)
-        if isinstance(options["solver"], SOSRI2):
-            stepper = StagedStepper(*problem[:3])
         make = lambda traced, start: _StoredSolve(
             traced, start, options["max_steps"], self.checkpoints
         )

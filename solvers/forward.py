@@ -52,7 +52,7 @@ def first(
 ) -> Moving:
     """What the loop begins with. `keep`: which states to write down for the way back; None: no tape."""
     lanes, zeros = batch.lanes, jnp.zeros(batch.lanes, jnp.int32)
-    memory, _ = traced.noise(consts, batch, start.tprev)
+    memory = traced.memory_of(consts, batch, start.tprev)
     cache = batch.per_lane(traced.cache)(consts, start.tprev, start.y, start.state)
     jump = start.made_jump if traced.jumps else None
     return Moving(
@@ -84,7 +84,7 @@ def run(
     """Solves in all lanes. `keep`: which states to write down for the way back; None: no tape."""
     floor = end_floor(start.t1)
     attempt = batch.per_lane(traced.attempt)
-    _, draw = traced.noise(consts, batch, start.tprev)
+    draw = traced.drawing(consts, batch)
     refresh = batch.per_lane(traced.cache)
 
     def is_live(c: Moving) -> Array:

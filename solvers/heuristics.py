@@ -124,8 +124,10 @@ def judge_for(
     return Judge(rtol, atol, apart, 1.0 if limit is None else limit)
 
 
-def stages(dense_info: PyTree[Array]) -> list[PyTree[Array]]:
-    """The stages of a step, from the dense output of a solver that keeps them there."""
+def stages(dense_info: dict[str, PyTree[Array]]) -> list[PyTree[Array]] | None:
+    """The stages of a step, from the dense output of a solver that keeps them there; else None."""
+    if "k" not in dense_info:
+        return None
     count = jax.tree.leaves(dense_info["k"])[0].shape[0]
     return [jax.tree.map(lambda k, i=i: k[i], dense_info["k"]) for i in range(count)]
 

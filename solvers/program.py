@@ -96,13 +96,16 @@ class Traced:
     knowing: Callable[[PyTree], AbstractStepper]  # the stepper, told those; for tracing only
     judged: Judged | None  # the dtypes of a step's estimates, if there are any
 
-    def noise(self, consts: list[Array], batch: Batch, t0: Array):
-        """A memory for every lane, and the function that draws a step's increments with it."""
-        if self.memory is None or self.draw is None:
-            return (), lambda t0, t1, memory: ((), memory)
+    def memory_of(self, consts: list[Array], batch: Batch, t0: Array) -> PyTree[Array]:
+        """A memory of the noise for every lane."""
+        return () if self.memory is None else batch.per_lane(self.memory)(consts, t0)
+
+    def drawing(self, consts: list[Array], batch: Batch):
+        """The function that draws a step's increments: (t0, t1, memory) -> (increments, memory)."""
+        if self.draw is None:
+            return lambda t0, t1, memory: ((), memory)
         draw = batch.per_lane(self.draw)
-        memory = batch.per_lane(self.memory)(consts, t0)
-        return memory, lambda t0, t1, memory: draw(consts, t0, t1, memory)
+        return lambda t0, t1, memory: draw(consts, t0, t1, memory)
 
     def inner(self, state: PyTree[Array], cache: PyTree[Array]) -> PyTree[Array]:
         """What `advance` needs besides y, of what travels from step to step."""

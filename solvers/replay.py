@@ -85,14 +85,14 @@ def run(
     `longest`: the longest chunk, known from `max_steps`.
     """
     pull = Pull(traced, consts, ts, batch, trail, cotangents, wanted)
-    state = pull.alive(cotangents.state)
     first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
-    if not traced.hands_over:
-        ct = Running(pull.alive(cotangents.y), state, wanted, trail.ts_index, pull.memory)
-        return _to_start(pull, trail, first, ct, longest)
-    cache = jax.tree.map(jnp.zeros_like, first[1][1])  # nothing depends on the last one
-    ct = Running(pull.alive(cotangents.y), (state, cache), wanted, trail.ts_index, pull.memory)
+    # Nothing depends on the last cache.
+    cache = jax.tree.map(jnp.zeros_like, first[1][1]) if traced.hands_over else None
+    inner = traced.inner(pull.alive(cotangents.state), cache)
+    ct = Running(pull.alive(cotangents.y), inner, wanted, trail.ts_index, pull.memory)
     ct = _to_start(pull, trail, first, ct, longest)
+    if not traced.hands_over:
+        return ct
     # Where no lane took a step there is none to borrow, and the field may be undefined.
     none = lambda: ct._replace(state=ct.state[0])
     return jax.lax.cond(jnp.any(trail.steps > 0), lambda: pull.first_cache(first, ct), none)
@@ -161,7 +161,8 @@ class Pull:
         lend = self.donors.lend_const
         self.consts = [lend(x, has, batch) for x, has in zip(consts, batch.levels, strict=False)]
         t0 = tapes.get(trail.tape.knots, jnp.zeros((), jnp.int32))
-        self.memory, self.draw = traced.noise(self.consts, batch, t0)
+        self.memory = traced.memory_of(self.consts, batch, t0)
+        self.draw = traced.drawing(self.consts, batch)
         self._advance = batch.per_lane(traced.advance)
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:

@@ -178,7 +178,7 @@ def certificate(
         return choose(here, stored, (y, state)), drift, split, memory
 
     zero = jnp.zeros(steps.shape, start.tprev.dtype)
-    memory, draw = traced.noise(consts, batch, start.tprev)
+    memory, draw = traced.memory_of(consts, batch, start.tprev), traced.drawing(consts, batch)
     first = ((out.y, out.state), zero, gap(out.y, out.state), memory)
     _, drift, split, _ = jax.lax.fori_loop(0, jnp.max(steps), undo, first)
     return drift, split

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from nde.solvers import explicit_rk
+from nde.solvers import explicit_rk, heuristics
 from nde.solvers.coupling import Step
 from nde.solvers.reversible import AbstractReversibleSolver, State
 
 
 class Attempt(NamedTuple):
     """One tried step. `y_error` is None where the solver has no estimate, `ks` (the stages, times the
-    length of the step) where it is not unrolled."""
+    length of the step) where it does not show them."""
 
     y1: PyTree[Array]
     y_error: PyTree[Array] | None
@@ -204,7 +204,8 @@ class SolverStepper(AbstractStepper):
         y1, y_error, dense_info, state, result = self.solver.step(
             self.terms, t0, t1, y0, self.args, state, made_jump
         )
-        return Attempt(y1, y_error, None, dense_info, state, None, result)
+        ks = heuristics.stages(dense_info)
+        return Attempt(y1, y_error, ks, dense_info, state, None, result)
 
     def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
         y1, y_error, dense_info, state, _ = self.solver.step(
@@ -212,7 +213,7 @@ class SolverStepper(AbstractStepper):
         )
         if not whole:
             return Advance(y1, state)
-        return Advance(y1, state, y_error, None, dense_info)
+        return Advance(y1, state, y_error, heuristics.stages(dense_info), dense_info)
 
     def final_state(self, t, y, state):
         return state
