@@ -65,6 +65,29 @@ def printed(title: str, rows: dict[str, dict[str, Any]], columns: tuple[str, ...
     print(f"\n{title}\n{measure.table(['', *columns], cells)}", flush=True)
 
 
+def over_seeds(
+    title: str, example: ModuleType, run: Callable, seeds: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """The rows of an example's methods, with times of training and prediction beside the plain one.
+
+    `run(method, seed)` trains: it gives the example's report, and a call that predicts.
+    """
+    names, runs = list(example.METHODS), {name: [] for name in example.METHODS}
+    for seed in range(seeds):
+        shift, calls = seed * 2 % len(names), {}
+        for name in names[shift:] + names[:shift]:
+            report, calls[name] = run(example.METHODS[name], seed)
+            runs[name].append(report)
+        seconds = measure.interleaved({name: calls[name] for name in names}, rounds)
+        for name in names:
+            row = runs[name][-1]
+            row["prediction_ms"] = 1e3 * statistics.median(seconds[name])
+            row["prediction_ratio"] = measure.ratio(seconds, name, PLAIN)
+            row["training_ratio"] = row["seconds"] / runs[PLAIN][-1]["seconds"]
+        print(f"{title}, seed {seed}\n{example.table({n: runs[n][-1] for n in names})}", flush=True)
+    return {name: summary(runs[name]) for name in names}
+
+
 # Digits
 
 
@@ -72,22 +95,13 @@ def digits(seeds: int, steps: int, rounds: int) -> dict[str, Any]:
     """The table of the digits, and the targets."""
     example = load("ernode_digits")
     known, held = example.digits()
-    names, runs = list(example.METHODS), {name: [] for name in example.METHODS}
-    for seed in range(seeds):
-        shift, models = seed * 2 % len(names), {}
-        for name in names[shift:] + names[:shift]:
-            trained = example.train(known, example.METHODS[name], steps=steps, seed=seed)
-            models[name] = trained[0]
-            runs[name].append(example.report(*trained, known, held))
-        calls = {name: ft.partial(example.predict, models[name], held[0]) for name in names}
-        seconds = measure.interleaved(calls, rounds)
-        for name in names:
-            row = runs[name][-1]
-            row["prediction_ms"] = 1e3 * statistics.median(seconds[name])
-            row["prediction_ratio"] = measure.ratio(seconds, name, PLAIN)
-            row["training_ratio"] = row["seconds"] / runs[PLAIN][-1]["seconds"]
-        print(f"digits, seed {seed}\n{example.table({n: runs[n][-1] for n in names})}", flush=True)
-    rows = {name: summary(runs[name]) for name in names}
+
+    def run(method, seed):
+        trained = example.train(known, method, steps=steps, seed=seed)
+        predict = ft.partial(example.predict, trained[0], held[0])
+        return example.report(*trained, known, held), predict
+
+    rows = over_seeds("digits", example, run, seeds, rounds)
     printed(f"digits, mean of {seeds} seeds", rows, DIGITS_COLUMNS)
     return {"steps": steps, "seeds": seeds, "methods": rows, "claims": digits_claims(rows)}
 
@@ -169,23 +183,14 @@ def spiral(seeds: int, steps: int, paths: int, judged: int, rounds: int) -> dict
     """The table of the spiral: errors of the moments on the fine grid, NFE of adaptive paths."""
     example = load("ernsde_spiral")
     moments = example.true_moments(12 * judged, seed=0)
-    names, runs = list(example.METHODS), {name: [] for name in example.METHODS}
-    for seed in range(seeds):
-        shift, calls = seed * 2 % len(names), {}
-        for name in names[shift:] + names[:shift]:
-            method = example.METHODS[name]
-            trained = example.train(moments, method, steps=steps, paths=paths, seed=seed)
-            runs[name].append(example.report(*trained, moments, judged, seed))
-            at = (jax.random.key(seed), example.PREDICTED, None)
-            calls[name] = ft.partial(example.simulate, trained[0], *at)
-        seconds = measure.interleaved({name: calls[name] for name in names}, rounds)
-        for name in names:
-            row = runs[name][-1]
-            row["prediction_ms"] = 1e3 * statistics.median(seconds[name])
-            row["prediction_ratio"] = measure.ratio(seconds, name, PLAIN)
-            row["training_ratio"] = row["seconds"] / runs[PLAIN][-1]["seconds"]
-        print(f"spiral, seed {seed}\n{example.table({n: runs[n][-1] for n in names})}", flush=True)
-    rows = {name: summary(runs[name]) for name in names}
+
+    def run(method, seed):
+        trained = example.train(moments, method, steps=steps, paths=paths, seed=seed)
+        at = (jax.random.key(seed), example.PREDICTED, None)
+        predict = ft.partial(example.simulate, trained[0], *at)
+        return example.report(*trained, moments, judged, seed), predict
+
+    rows = over_seeds("spiral", example, run, seeds, rounds)
     printed(f"spiral, mean of {seeds} seeds", rows, SPIRAL_COLUMNS)
     claims = spiral_claims(rows)
     return {"steps": steps, "paths": paths, "seeds": seeds, "methods": rows, "claims": claims}
