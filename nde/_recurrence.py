@@ -81,7 +81,8 @@ def in_order(
 def in_chunks(
     step: Callable, generators: Generators, increments: Increments, start: State
 ) -> tuple[State, States]:
-    """The same; `step` must make 0 of 0, which is what the last chunk is padded with."""
+    """As `in_order`, in chunks side by side. `step` must make 0 of 0, which the last chunk is padded
+    with."""
     intervals = increments.shape[0]
     chunks = VECTOR * max(1, round(math.sqrt(intervals) / VECTOR))
     times = -(-intervals // chunks)
@@ -95,7 +96,7 @@ def in_chunks(
 def by_platform(
     step: Callable, generators: Generators, increments: Increments, start: State
 ) -> tuple[State, States]:
-    """The same, in the way that suits the device."""
+    """As `in_order`, in the way that suits the device."""
     first, other = functools.partial(in_order, step), functools.partial(in_chunks, step)
     return jax.lax.platform_dependent(generators, increments, start, cpu=first, default=other)
 
