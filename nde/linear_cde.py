@@ -229,7 +229,7 @@ class LinearCDE(eqx.Module):
                 f"`block` is {block}, which does not divide `hidden` = {hidden}; give one of {fits}."
             )
         check_callable("driver", driver, "(ts, xs)")
-        check_callable("step", step, "(generator)")
+        check_step(step, block)
         check_callable("recurrence", recurrence, "(step, generators, increments, start)")
         *layer_keys, readout_key = jax.random.split(key, depth + 1)
         self.layers = tuple(
@@ -271,6 +271,25 @@ class LinearCDE(eqx.Module):
         for layer in self.layers[:-1]:
             xs = layer(ts, xs)
         return ts, xs
+
+
+def check_step(step: Callable, block: int) -> None:
+    """`step` keeps the shape of a generator, and makes 0 of 0: an interval without an increment, as in
+    padding, changes nothing."""
+    check_callable("step", step, "(generator)")
+    with jax.ensure_compile_time_eval():
+        nothing = jnp.zeros((block, block, 1))
+        made = step(nothing)
+    if jnp.shape(made) != nothing.shape:
+        raise ValueError(
+            f"`step` makes {jnp.shape(made)} of a generator of shape {nothing.shape}; it must keep "
+            "the shape: the matrices are in the first two axes, the lanes behind them."
+        )
+    if not isinstance(made, jax.core.Tracer) and np.any(np.asarray(made) != 0):
+        raise ValueError(
+            "`step` does not make 0 of 0. It gives M - 1, not M: subtract the identity, so that "
+            "where the series stands still the state does too."
+        )
 
 
 def check_series(ts: Array, ys: Array, channels: int) -> None:

@@ -188,7 +188,7 @@ def test_orthogonal_turns(size):
 
 def test_a_block_of_one_cannot_turn():
     with pytest.raises(ValueError, match="Use `block` >= 2"):
-        make(1, step=orthogonal)(TS, YS)
+        make(1, step=orthogonal)
 
 
 def test_exponential_is_exact_in_between_and_first_order_is_not():
@@ -342,6 +342,8 @@ def test_a_bad_series_is_refused(case):
         ({"depth": 1.0}, "`depth` is 1.0"),
         ({"driver": "integral"}, "`driver` is 'integral'"),
         ({"step": differences}, r"called as step\(generator\)"),
+        ({"step": lambda b: 1 + b}, "does not make 0 of 0. It gives M - 1"),
+        ({"step": lambda b: b[0]}, r"makes \(4, 1\) of a generator of shape \(4, 4, 1\)"),
     ],
 )
 def test_a_bad_model_is_refused(options, message):
