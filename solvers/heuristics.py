@@ -21,6 +21,7 @@ Reference:  Opening the Blackbox: Accelerating Neural Differential Equations by 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix
 from jaxtyping import Array, Float, PyTree
 
 from nde.solvers.explicit_rk import combine, tableau_of
@@ -96,18 +98,12 @@ class Judge(NamedTuple):
         """The estimates of the step from (t0, y0) to (t1, y1); `ks` are its stages times h."""
         length = jax.lax.stop_gradient(jnp.abs(t1 - t0))
         if self.rtol is not None:
-            error = jax.tree.map(self._scaled, error, y0, y1)
+            rtol, atol = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (self.rtol, self.atol))
+            error = jax.tree.map(functools.partial(_in_units, rtol, atol), error, y0, y1)
         stiffness = None
         if self.apart is not None and ks is not None:
             stiffness = _quotient(self.apart, length, ks) / self.limit
         return Judged(_rms(error), stiffness, length)
-
-    def _scaled(self, e: Array, y0: Array, y1: Array) -> Array:
-        largest = jnp.maximum(jnp.abs(y0), jnp.abs(y1))
-        scale = jnp.asarray(self.atol, e.dtype) + jnp.asarray(self.rtol, e.dtype) * largest
-        # A state that overflowed belongs to a step that is not accepted; neither may its gradient.
-        fine = jnp.isfinite(e) & jnp.isfinite(scale) & (scale > 0)
-        return jnp.where(fine, e, 0) / jnp.where(fine, scale, 1)
 
 
 def judge_for(
@@ -151,13 +147,50 @@ def reduced(how: Estimates, judged: Judged, steps: Array) -> dict[str, Float[Arr
     return out
 
 
+# Both derivatives are written so that what many stages use is the result of a division, or of a
+# selection or product behind one: the compiler for CPUs repeats all else in each of its uses.
+@jax.custom_jvp
+def _in_units(rtol: Array, atol: Array, error: Array, y0: Array, y1: Array) -> Array:
+    """The error in units of the tolerances."""
+    return error / _unit(rtol, atol, y0, y1)
+
+
+@_in_units.defjvp
+def _in_units_jvp(primals, tangents):
+    rtol, atol, error, y0, y1 = primals
+    *_, error_dot, y0_dot, y1_dot = tangents
+    unit = _unit(rtol, atol, y0, y1)
+    unit = jnp.where(unit > 0, unit, 1)
+    out, later = error / unit, jnp.abs(y1) > jnp.abs(y0)
+    slope = rtol.astype(out.dtype) * out
+    slope0 = jnp.where(later, 0, slope * jnp.sign(y0)) / unit
+    slope1 = jnp.where(later, slope * jnp.sign(y1), 0) / unit
+    return out, error_dot / unit - _finite(slope0) * y0_dot - _finite(slope1) * y1_dot
+
+
+def _unit(rtol: Array, atol: Array, y0: Array, y1: Array) -> Array:
+    return atol.astype(y0.dtype) + jnp.maximum(jnp.abs(y0), jnp.abs(y1)) * rtol.astype(y0.dtype)
+
+
+@jax.custom_jvp
 def _rms(tree: PyTree[Array]) -> Array:
-    """The root mean square over all entries; 0, with gradient 0, where all are."""
-    leaves = jax.tree.leaves(tree)
-    finite = [jnp.where(jnp.isfinite(x), x, 0) for x in leaves]
-    count = sum(x.size for x in leaves)
-    total = sum((jnp.sum(x**2) for x in finite[1:]), start=jnp.sum(finite[0] ** 2)) / max(count, 1)
-    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
+    """The root mean square over all entries; its gradient is 0 where it is 0 or not finite, as in a
+    step that is not accepted."""
+    return optimistix.rms_norm(tree)
+
+
+@_rms.defjvp
+def _rms_jvp(primals, tangents):
+    (tree,), (tree_dot,) = primals, tangents
+    out, count = _rms(tree), sum(x.size for x in jax.tree.leaves(tree))
+    fine = (out > 0) & jnp.isfinite(out)
+    weight = jnp.where(fine, 1 / (count * jnp.where(fine, out, 1)), 0)
+    dots = jax.tree.map(lambda x, x_dot: jnp.vdot(_finite(x), x_dot), tree, tree_dot)
+    return out, weight * sum(jax.tree.leaves(dots))
+
+
+def _finite(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _apart(solver: diffrax.AbstractSolver) -> Sequence[float] | None:

@@ -161,10 +161,15 @@ class _Steps:
         result = jnp.where(
             jnp.asarray(keep) & ~finite, code(diffrax.RESULTS.nonfinite), code(result)
         )
+        judged = None
+        if self.judge is not None:
+            # Written as in the controller: the compiler sees one error norm where there are two.
+            guess = jax.tree.map(lambda a, b: jnp.where(jnp.isnan(b).any(), a, b), y, guess)
+            judged = self.judge(tprev, tnext, y, guess, y_error, tried.ks)
         return Step(
             jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
             t, t_end, controller_state, result, tried.dense_info if self.dense else None,
-            self.judge and self.judge(tprev, tnext, y, tried.y1, tried.y_error, tried.ks),
+            judged,
         )  # fmt: skip
 
     def advance(self, y, inner, t0, t1, made_jump, x):
