@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/choosing.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/cheap_dynamics.md")
 OURS, DEFAULT = "DiscreteAdjoint", "RecursiveCheckpointAdjoint"
 
 
@@ -33,21 +33,49 @@ def ode_gradient(results: dict) -> str:
             f"{claims['compile / diffrax default']:.2f}",
         ]
         lines.append(f"| {' | '.join(entries)} |")
+    return "\n".join([*lines, "", f"{_machine(results)}, float32. {_command(results)}"])
+
+
+def regularizers(results: dict) -> str:
+    """One row per method of the digits: means over the seeds, and the cost of a training step."""
+    digits, steps = results["digits"], results["step"]["methods"]
+    lines = [
+        "| method | test accuracy | NFE of a prediction | prediction | training | one training step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in digits["methods"].items():
+        mean = {column: values["mean"] for column, values in row.items()}
+        entries = [
+            name,
+            f"{mean['test']:.1%}",
+            f"{mean['nfe']:.1f}",
+            _milliseconds(mean["prediction_ms"]),
+            f"{mean['training_ratio']:.2f}",
+            f"{steps[name]['ratio']:.2f}" if name in steps else "",
+        ]
+        lines.append(f"| {' | '.join(entries)} |")
+    about = f"Means of {digits['seeds']} seeds; the last two columns in units of vanilla"
+    return "\n".join([*lines, "", f"{about}. {_machine(results)}. {_command(results)}"])
+
+
+def _machine(results: dict) -> str:
     machine = results["environment"]
     versions = machine["versions"]
-    lines += [
-        "",
-        f"{machine['processor']}, {machine['cores']} cores, float32, jax {versions['jax']}, "
-        f"diffrax {versions['diffrax']}, {results['date']}. `{results['command']}`",
-    ]
-    return "\n".join(lines)
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, jax {versions['jax']}, "
+        f"diffrax {versions['diffrax']}, {results['date']}"
+    )
+
+
+def _command(results: dict) -> str:
+    return f"`{results['command']}`"
 
 
 def _milliseconds(value: float) -> str:
     return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
 
 
-TABLES = {"ode_gradient": ode_gradient}
+TABLES = {"ode_gradient": ode_gradient, "regularizers": regularizers}
 
 
 def filled(page: str) -> str:

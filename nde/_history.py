@@ -92,7 +92,7 @@ class Reports:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Name to array, the first axis one row per step."""
-        hidden = ("reason", "skips")
+        hidden = ("reason", "skips", "result")
         names = [name for name in self.records[0] if name not in hidden] if self.records else []
         columns = {name: np.stack([record[name] for record in self.records]) for name in names}
         return columns | {"seconds": np.asarray(self.times)}

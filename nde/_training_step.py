@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from nde._batching import Batch
+from nde.solvers.program import code
 
 COLUMNS = ("loss", "gradient_norm", "skipped", "reason", "skips", "seconds")
 
@@ -44,7 +46,8 @@ def make_step(
 
         def objective(params):
             model = eqx.combine(params, fixed, static)
-            return _checked_loss(loss(model, batch, jax.random.fold_in(key, index)))
+            out = loss(model, batch, jax.random.fold_in(key, index))
+            return _checked_loss(out, batch.mask)
 
         def update(grads, value):
             updates, opt_state = optim.update(grads, state.opt_state, state.params, value=value)
@@ -110,7 +113,9 @@ def _first_not_finite(value: Float[Array, ""], grads: PyTree, updates: PyTree) -
     return jnp.where(jnp.any(bad), jnp.argmax(bad).astype(jnp.int32) + 1, 0)
 
 
-def _checked_loss(out: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
+def _checked_loss(
+    out: Any, mask: Bool[Array, " examples"]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     pair: Any = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
     value, metrics = pair
     if (
@@ -127,15 +132,28 @@ def _checked_loss(out: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
         raise ValueError(
             f"`loss` returned metrics {metrics!r}; return a dict of scalars as the second value."
         )
+    metrics = dict(metrics)
+    results = metrics.pop("result", None)
     for name, metric in metrics.items():
         if name in COLUMNS or jnp.shape(metric) != ():
             raise ValueError(
                 f"`loss` returned the metric {name!r} of shape {jnp.shape(metric)}; a metric is a "
                 f"scalar (jnp.mean) and has a name of its own, none of {COLUMNS}."
             )
+    if results is not None:
+        metrics["result"] = jnp.where(mask, _codes(results, mask), 0)
     return value, {
         name: jax.lax.stop_gradient(jnp.asarray(metric)) for name, metric in metrics.items()
     }
+
+
+def _codes(results: Any, mask: Bool[Array, " examples"]) -> Int[Array, " examples"]:
+    if isinstance(results, diffrax.RESULTS) and code(results).shape == mask.shape:
+        return code(results)
+    raise ValueError(
+        f"`loss` returned the metric 'result' {results!r}; it is the `result` of the solves, one per "
+        f"example: a batch of diffrax.RESULTS of shape {mask.shape}."
+    )
 
 
 def _leniently(function: Callable, *args: Any) -> Any:

@@ -102,7 +102,7 @@ def trajectory(
     horizon: Callable | None = None,
     regularizer: Callable | None = None,
     coefficient: float | Callable = 1.0,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The loss of an ODE model that starts at the first observation and should meet the others.
 
     Give it to `nde.fit` as it is, or with its options bound:
@@ -125,8 +125,8 @@ def trajectory(
             `nde.regularizers.exponential_decay(100.0, 10.0, 3000)`.
 
     Returns:
-        The loss, and as metrics the fraction of solves that `failed`, the `penalty` of a
-        regularizer and, where the adjoint counts them, `nfe`: the mean number of vector-field
+        The loss, and as metrics the fraction of solves that `failed`, the `result` of each, the
+        `penalty` of a regularizer and, where the adjoint counts them, `nfe`: the mean number of vector-field
         evaluations.
     """
     ts, ys = batch.data
@@ -139,14 +139,14 @@ def trajectory(
             solution, penalty = model.solve(ts, y0, throw=False), jnp.zeros(())
         else:
             solution, penalty = regularizer(model, ts, y0, key=key)
-        failed = solution.result != diffrax.RESULTS.successful
-        return solution.ys, failed, solution.stats, penalty
+        return solution.ys, solution.result, solution.stats, penalty
 
     keys = jax.random.split(key, ts.shape[0])
-    predicted, failed, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys)
+    predicted, results, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys)
+    failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed
     mask = seen & counts[:, None]
-    metrics = {"failed": _mean(failed, batch.mask)}
+    metrics: dict[str, Any] = {"failed": _mean(failed, batch.mask), "result": results}
     if "nfe" in stats:
         metrics["nfe"] = _mean(stats["nfe"], batch.mask)
     loss = error(predicted[:, 1:], ys[:, 1:], mask[:, 1:])

@@ -28,6 +28,7 @@ from nde._protocol import check_key
 from nde._training_step import initial_state, leaf_paths, make_step, reasons, strongly_typed
 from nde.hybrid import Frozen
 from nde.solvers import SolveError
+from nde.solvers.program import from_code
 
 __all__ = ["Batch", "History", "NonFiniteError", "fit", "multi_start"]
 
@@ -78,7 +79,8 @@ def fit(
         loss: `loss(model, batch, key) -> scalar`, or `(scalar, metrics)` with a dict of scalars.
             `batch` is a `Batch`: `batch.data` as in `data`, `batch.mask` (True where an example
             counts) and `batch.step`. A metric `nfe` is shown in the progress; a metric `failed`,
-            the fraction of solves that failed, stops training above 0.1.
+            the fraction of solves that failed, stops training above 0.1, and a metric `result`
+            (`solution.result` of all examples) says which of them and how.
         data: PyTree of arrays with a leading example axis, or an iterator of such batches.
         optim: An optax optimizer.
         steps: Number of steps.
@@ -254,14 +256,7 @@ def _train(
 
 def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: PyTree) -> None:
     """Raise if the record of a step says that no start can go on."""
-    failed = float(np.min(record.get("failed", 0.0)))
-    if failed > MOST_FAILED:
-        raise SolveError(
-            f"{failed:.0%} of the solves failed at step {step}, more than {MOST_FAILED:.0%}. Raise "
-            "`max_steps`, loosen the "
-            "tolerances, train on a shorter horizon first, or call model.solve on the data to see "
-            "why."
-        )
+    _check_failed(job, step, record)
     if step == 0 and np.all((record["gradient_norm"] == 0) & ~record["skipped"]):
         raise ValueError(
             "`loss` has a gradient of zero at step 0: it does not depend on what is trained, "
@@ -282,6 +277,37 @@ def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: P
             "(optax.clip_by_global_norm), or train on a "
             "shorter horizon first."
         )
+
+
+def _check_failed(job: _Job, step: int, record: dict[str, np.ndarray]) -> None:
+    """Raise if more than a tenth of the solves failed, in the best of several starts."""
+    failed = np.atleast_1d(record.get("failed", 0.0))
+    best = int(np.argmin(failed))
+    if failed[best] <= MOST_FAILED:
+        return
+    lane, found = None, ""
+    if "result" in record:
+        codes = np.reshape(record["result"], (failed.size, -1))[best]
+        lane, examples = int(np.argmax(codes != 0)), job.batches.examples(step)
+        which = f"example {examples[lane]}" if examples else f"number {lane} of the batch"
+        kinds, counts = np.unique(codes[codes != 0], return_counts=True)
+        causes = (f"{n} x {_text(kind)}" for kind, n in zip(kinds, counts, strict=True))
+        found = f" The first is {which}. {'; '.join(causes)}"
+    advice = (
+        "Raise `max_steps`, loosen the tolerances, train on a shorter horizon first, or call "
+        "model.solve on the example to see why."
+    )
+    raise SolveError(
+        f"{failed[best]:.0%} of the solves failed at step {step}, more than {MOST_FAILED:.0%}."
+        f"{found} {advice}",
+        lane=lane,
+        advice=advice,
+    )
+
+
+def _text(kind: int) -> str:
+    """The first sentence of what diffrax says of a result."""
+    return str(diffrax.RESULTS[from_code(jnp.asarray(kind))]).strip().split(".")[0] + "."
 
 
 def _check_finite(data: PyTree) -> None:

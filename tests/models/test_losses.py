@@ -11,6 +11,7 @@ import pytest
 
 import nde
 from nde.losses import growing_horizon, log_mse, mse, trajectory
+from nde.solvers import SolveError
 from nde.train import Batch
 
 RNG = np.random.default_rng(0)
@@ -83,10 +84,32 @@ def test_trajectory_scores_valid_examples_up_to_the_horizon(step, last):
     assert float(metrics["nfe"]) > 6
 
 
-def test_a_failed_solve_does_not_count_and_reaches_no_gradient():
-    def blow_up(t, y, p):
-        return jnp.where(y > 5, p * y**2, 0.0)  # only the example that starts at 7 escapes
+def blow_up(t, y, p):
+    return jnp.where(y > 5, p * y**2, 0.0)  # only the example that starts at 7 escapes
 
+
+def test_fit_says_which_solve_failed_first_and_how():
+    model, key = nde.HybridODE(blow_up, None, 0.5, max_steps=200), jax.random.key(0)
+    options = {"optim": optax.sgd(0.0), "steps": 1, "progress": False, "key": key}
+    message = r"33% .* The first is example 2\. 1 x The maximum number of solver steps was reached\."
+    with pytest.raises(SolveError, match=message) as raised:
+        nde.fit(model, trajectory, batch().data, **options)
+    assert raised.value.lane == 2
+    with pytest.raises(SolveError, match="The first is number 2 of the batch"):
+        nde.fit(model, trajectory, iter([batch().data]), **options)
+
+
+def test_results_are_one_per_example():
+    def loss(model, batch, key):
+        value, metrics = trajectory(model, batch, key)
+        return value, metrics | {"result": metrics["failed"]}
+
+    options = {"optim": optax.sgd(0.0), "steps": 1, "progress": False, "key": jax.random.key(0)}
+    with pytest.raises(ValueError, match=r"a batch of diffrax.RESULTS of shape \(3,\)"):
+        nde.fit(decay(), loss, batch().data, **options)
+
+
+def test_a_failed_solve_does_not_count_and_reaches_no_gradient():
     model = nde.HybridODE(blow_up, None, 0.5, max_steps=200)
     everyone = batch(mask=(True, True, True))
     both = jax.value_and_grad(lambda p: with_rate(model, p, everyone), has_aux=True)
