@@ -19,8 +19,9 @@ Layer       v = norm(skip(x) + h),  x' = v + (U v) * sigmoid(G v);  the next lay
 What a layer can compute depends on the structure. Diagonal matrices commute: a diagonal layer
 forgets the order of its input. With `exponential` a real diagonal has positive entries, hence no
 parity, which needs a sign: `first_order` has it where A dw < -1 (the entry is -1 at -2), and a
-block of 2 has it as a rotation by pi. A sign is right for any negative entry; the error of an angle
-adds up over long words. The rotations of an icosahedron (the group A5) need blocks of at least 3.
+block of 2 has it as a rotation by pi (`orthogonal`). A sign is right for any negative entry; the
+error of an angle adds up over long words, so train it with a loss that has its minimum at the exact
+angle (smoothed labels). The rotations of an icosahedron (the group A5) need blocks of at least 3.
 
 In code:    A_i -> generators of shape (driver channels, block, block, blocks), lanes last
 Cost:       hidden * block per time and driver channel for the B_k, hidden * block for the rest;

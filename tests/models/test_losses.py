@@ -91,7 +91,9 @@ def blow_up(t, y, p):
 def test_fit_says_which_solve_failed_first_and_how():
     model, key = nde.HybridODE(blow_up, None, 0.5, max_steps=200), jax.random.key(0)
     options = {"optim": optax.sgd(0.0), "steps": 1, "progress": False, "key": key}
-    message = r"33% .* The first is example 2\. 1 x The maximum number of solver steps was reached\."
+    message = (
+        r"33% .* The first is example 2\. 1 x The maximum number of solver steps was reached\."
+    )
     with pytest.raises(SolveError, match=message) as raised:
         nde.fit(model, trajectory, batch().data, **options)
     assert raised.value.lane == 2
