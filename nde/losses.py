@@ -126,8 +126,8 @@ def trajectory(
 
     Returns:
         The loss, and as metrics the fraction of solves that `failed`, the `result` of each, the
-        `penalty` of a regularizer and, where the adjoint counts them, `nfe`: the mean number of vector-field
-        evaluations.
+        `penalty` of a regularizer and, where the adjoint counts them, `nfe`: the mean number of
+        vector-field evaluations.
     """
     ts, ys = batch.data
     seen = jnp.ones(ts.shape, dtype=bool)

@@ -1,10 +1,33 @@
-"""What the tests of the reversible solvers share: a base method, and a solve there and back."""
+"""What the tests of the reversible solvers share: one of each kind, a base method, there and back."""
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from problems import Problem, terms
+
+from nde.solvers import (
+    EES25,
+    EES27,
+    AsynchronousLeapfrog,
+    Reversible,
+    ReversibleHeun,
+    StormerVerlet,
+    Yoshida4,
+)
+
+SOLVERS = {
+    "ReversibleHeun": ReversibleHeun(),
+    "ALF": AsynchronousLeapfrog(),
+    "ALF(0.9)": AsynchronousLeapfrog(eta=0.9),
+    "Reversible(Midpoint)": Reversible(diffrax.Midpoint()),
+    "Reversible(Bosh3)": Reversible(diffrax.Bosh3(), 0.99),
+    "Reversible(Tsit5)": Reversible(diffrax.Tsit5()),
+    "EES25": EES25(),
+    "EES27": EES27(),
+    "StormerVerlet": StormerVerlet(),
+    "Yoshida4": Yoshida4(),
+}
 
 
 class RK4(diffrax.AbstractERK):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from failing import CASES, Case, problem
 
-from nde.solvers import BrownianGrid, StormerVerlet, causes, diagnose, spectrum
+from nde.solvers import BrownianGrid, Diagnosis, StormerVerlet, causes, diagnose, spectrum
 
 CAUSES = [
     "initial_state", "time_span", "zero_step", "tolerance", "vector_field", "blow_up", "precision",
@@ -98,6 +98,12 @@ def test_noise(where):
     found = diagnose(terms, dfx.Euler(), 0.0, 1.0, 0.01, Y0)
     assert found.cause == "vector_field" and found.t == pytest.approx(0.51, abs=0.011)
     assert ("noise" in found.message) == (where == "diffusion")
+
+
+def test_what_succeeds_is_said_to():
+    found = diagnose(dfx.ODETerm(lambda t, y, args: -y), dfx.Euler(), 0.0, 1.0, 0.25, Y0)
+    message = "Nothing failed: t=1 was reached after 4 steps."
+    assert found == Diagnosis(None, 1.0, None, 4, message, "")
 
 
 def test_separable_terms():
