@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from nde.solvers.brownian import bridge
+from nde.solvers.brownian import bridge, threefry
 
 MAX_DEPTH = 30  # node numbers are 32-bit integers
 
@@ -117,8 +117,8 @@ class Tree(NamedTuple):
 
     def _draw(self, number: Int[Array, ""], size: int, dtype) -> bridge.Node:
         """The normals of a node."""
-        key = jax.random.fold_in(self.key, number)
-        return tuple(jnp.split(jax.random.normal(key, (self.parts * size,), dtype), self.parts))
+        key = threefry.fold_in(self.key, number)
+        return tuple(jnp.split(threefry.normal(key, (self.parts * size,), dtype), self.parts))
 
     def _levels(self, p: Place) -> Int[Array, ""]:
         """Number of nodes with p strictly inside."""

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Real
 
-from nde.solvers.brownian import bridge
+from nde.solvers.brownian import bridge, threefry
 from nde.solvers.brownian.increment import (
     LevyArea,
     Shape,
@@ -198,12 +198,12 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
         dtype, size = vector_dtype(self.shape), vector_size(self.shape)
         zero = bridge.opaque_zero(self.key)
         width = width.astype(dtype)
-        key = jax.random.fold_in(self.key, n)
+        key = threefry.fold_in(self.key, n)
 
         def scaled(root, key):
             # Two roundings, pinned, so that every program gets the same bits: a constant root would
             # be multiplied into the constants of the draw, and the product into whatever adds it.
-            draw = bridge.pinned(jax.random.normal(key, (size,), dtype), zero)
+            draw = bridge.pinned(threefry.normal(key, (size,), dtype), zero)
             return bridge.pinned(root * draw, zero)
 
         def draws() -> tuple[Array, ...]:

@@ -12,8 +12,11 @@ from typing import Any
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray, PyTree, Real
+
+from nde.solvers.brownian import threefry
 
 LevyArea = type[diffrax.AbstractBrownianIncrement]
 Shape = tuple[int, ...] | PyTree[jax.ShapeDtypeStruct]
@@ -149,4 +152,4 @@ def salted(key: PRNGKeyArray, salt: int) -> PRNGKeyArray:
     The integers are taken from the top because the counters of a normal draw with `key` itself
     start at 0.
     """
-    return jax.random.fold_in(key, 0xFFFFFFFF - salt)
+    return threefry.fold_in(key, np.uint32(0xFFFFFFFF - salt))

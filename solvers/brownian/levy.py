@@ -22,12 +22,11 @@ Reference:  Numerical approximations for stochastic differential equations (2020
 """
 
 import diffrax
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt
 
-from nde.solvers.brownian import bridge
+from nde.solvers.brownian import bridge, threefry
 
 
 def foster_area(
@@ -95,7 +94,7 @@ def _pairs(increment):
 def _area(increment, scale, key):
     (rows, cols), w, h = _pairs(increment), increment.W, increment.H
     zero = bridge.opaque_zero(key)
-    draws = jax.random.normal(key, (rows.size,), w.dtype)
+    draws = threefry.normal(key, (rows.size,), w.dtype)
     mean = bridge.pinned(h[rows] * w[cols], zero) - bridge.pinned(w[rows] * h[cols], zero)
     upper = mean + bridge.pinned(scale * draws, zero)
     # Written twice, not computed twice: two roundings of one area would not cancel in A + A^T.
