@@ -50,18 +50,18 @@ def worst(example, model):
 
 def test_blocks_hold_parity_at_four_times_the_length_and_a_diagonal_does_not(example):
     assert worst(example, "block 4, orthogonal").min() > 0.95
-    assert np.median(worst(example, "block 2, orthogonal")) > 0.95
     assert worst(example, "diagonal, exponential").max() < 0.7
 
 
 @pytest.mark.slow
-def test_a_diagonal_with_signs_holds_parity(example):
-    assert np.median(worst(example, "diagonal, first order")) > 0.95
+@pytest.mark.parametrize("model", ["block 2, orthogonal", "diagonal, first order"])
+def test_most_runs_with_small_turns_or_signs_hold_parity(example, model):
+    assert np.median(worst(example, model)) > 0.95
 
 
 def test_a_trial_run_reports_every_model_and_writes_nothing(example, tmp_path, monkeypatch, capsys):
-    few = {name: example.MODELS[name] for name in ("diagonal, first order", "block 2, first order")}
-    monkeypatch.setattr(example, "MODELS", few)
+    one = "block 2, first order"
+    monkeypatch.setattr(example, "MODELS", {one: example.MODELS[one]})
     monkeypatch.setattr(example, "PICTURE", tmp_path / "picture.png")
     results = example.main(steps=2, plot=False, seeds=1)
     assert list(results) == [(name, model) for name in example.CLASSES for model in example.MODELS]

@@ -170,7 +170,7 @@ FORWARDS = [
     for name in CONTROLLERS
     for save in SAVES
 ]
-BACKWARDS = [(name, "all", -1) for name in ("constant", "pid", "jump_ts")]
+BACKWARDS = [(name, "all", -1) for name in ("pid", "jump_ts")]
 
 
 @pytest.mark.parametrize("name, save, direction", FORWARDS + BACKWARDS)
@@ -321,7 +321,14 @@ SDE_SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", SDE_SOLVERS)
+# One of every kind; the other two with `-m slow`.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("Euler", "EulerHeun") else name
+        for name in SDE_SOLVERS
+    ],
+)
 def test_stochastic_solvers(name):
     solver, path = SDE_SOLVERS[name]
     scalar = path is LEVY
