@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from nde.solvers.heuristics import Judge, judge_for, stages
+from nde.solvers.heuristics import Judge, finite, judge_for, stages
 
 
 class EstimatesState(NamedTuple):
@@ -93,7 +93,10 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
         y1, error, info, state, result = self.solver.step(terms, t0, t1, y0, args, state, made_jump)
         judge = self._judge
         ks = None if judge.apart is None else stages(info)
-        judged = judge(jnp.asarray(t0), jnp.asarray(t1), y0, y1, error, ks)
+        # Rejected steps are differentiated too, and the controller may have other tolerances: where
+        # these are zero there is no unit.
+        error_in_units = jax.tree.map(finite, judge.in_units(error, y0, y1))
+        judged = judge(jnp.asarray(t0), jnp.asarray(t1), error_in_units, ks)
         new = {
             "error_estimate": judged.error * judged.length,
             "stiffness_estimate": judged.stiffness,

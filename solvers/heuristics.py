@@ -86,20 +86,16 @@ class Judge(NamedTuple):
     apart: Sequence[float] | None  # g_last - g_prev, in weights of the stages; None: no stiffness
     limit: float
 
-    def __call__(
-        self,
-        t0: Array,
-        t1: Array,
-        y0: PyTree,
-        y1: PyTree,
-        error: PyTree,
-        ks: Sequence[PyTree] | None,
-    ) -> Judged:
-        """The estimates of the step from (t0, y0) to (t1, y1); `ks` are its stages times h."""
+    def in_units(self, error: PyTree, y0: PyTree, y1: PyTree) -> PyTree[Array]:
+        """The error of a step from y0 to y1 in units of the tolerances, if there are any."""
+        if self.rtol is None:
+            return error
+        rtol, atol = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (self.rtol, self.atol))
+        return jax.tree.map(functools.partial(_in_units, rtol, atol), error, y0, y1)
+
+    def __call__(self, t0: Array, t1: Array, error: PyTree, ks: Sequence[PyTree] | None) -> Judged:
+        """The estimates of the step from t0 to t1: `error` is in units, `ks` are its stages times h."""
         length = jax.lax.stop_gradient(jnp.abs(t1 - t0))
-        if self.rtol is not None:
-            rtol, atol = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (self.rtol, self.atol))
-            error = jax.tree.map(functools.partial(_in_units, rtol, atol), error, y0, y1)
         stiffness = None
         if self.apart is not None and ks is not None:
             stiffness = _quotient(self.apart, length, ks) / self.limit
@@ -165,7 +161,7 @@ def _in_units_jvp(primals, tangents):
     slope = rtol.astype(out.dtype) * out
     slope0 = jnp.where(later, 0, slope * jnp.sign(y0)) / unit
     slope1 = jnp.where(later, slope * jnp.sign(y1), 0) / unit
-    return out, error_dot / unit - _finite(slope0) * y0_dot - _finite(slope1) * y1_dot
+    return out, error_dot / unit - finite(slope0) * y0_dot - finite(slope1) * y1_dot
 
 
 def _unit(rtol: Array, atol: Array, y0: Array, y1: Array) -> Array:
@@ -185,11 +181,12 @@ def _rms_jvp(primals, tangents):
     out, count = _rms(tree), sum(x.size for x in jax.tree.leaves(tree))
     fine = (out > 0) & jnp.isfinite(out)
     weight = jnp.where(fine, 1 / (count * jnp.where(fine, out, 1)), 0)
-    dots = jax.tree.map(lambda x, x_dot: jnp.vdot(_finite(x), x_dot), tree, tree_dot)
+    dots = jax.tree.map(lambda x, x_dot: jnp.vdot(finite(x), x_dot), tree, tree_dot)
     return out, weight * sum(jax.tree.leaves(dots))
 
 
-def _finite(x: Array) -> Array:
+def finite(x: Array) -> Array:
+    """`x`, with zeros for entries that are nan or infinite."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 

@@ -165,7 +165,8 @@ class _Steps:
         if self.judge is not None:
             # Written as in the controller: the compiler sees one error norm where there are two.
             guess = jax.tree.map(lambda a, b: jnp.where(jnp.isnan(b).any(), a, b), y, guess)
-            judged = self.judge(tprev, tnext, y, guess, y_error, tried.ks)
+            error = self.judge.in_units(y_error, y, guess)
+            judged = self.judge(tprev, tnext, error, tried.ks)
         return Step(
             jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
             t, t_end, controller_state, result, tried.dense_info if self.dense else None,
@@ -177,7 +178,10 @@ class _Steps:
         state, cache = inner if self.hands_over else (inner, None)
         made_jump, whole = made_jump if self.jumps else False, self.dense or self.judge is not None
         out = self.knowing(x).advance(t0, t1, y, state, made_jump, whole, cache)
-        judged = self.judge and self.judge(t0, t1, y, out.y1, out.y_error, out.ks)
+        judged = None
+        if self.judge is not None:
+            error = self.judge.in_units(out.y_error, y, out.y1)
+            judged = self.judge(t0, t1, error, out.ks)
         inner = (out.state, out.cache) if self.hands_over else out.state
         return out.y1, inner, out.dense_info if self.dense else None, judged
 

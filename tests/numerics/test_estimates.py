@@ -153,6 +153,25 @@ def test_equal_those_of_the_wrapped_solver():
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
+def test_an_entry_without_a_unit_counts_as_no_error():
+    """`atol=0`, and an entry that stays at zero: the mean is over one more entry, that is all."""
+
+    def estimate(y):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -y), WithEstimates(dfx.Tsit5(), rtol=RTOL, atol=0.0),
+            0.0, 1.0, 0.25, y, saveat=dfx.SaveAt(t1=True, solver_state=True),
+        )  # fmt: skip
+        return sol.solver_state.estimates["error_estimate"]
+
+    both = jax.jit(jax.value_and_grad(estimate))
+    one, slope = both(jnp.array([1.0]))
+    two, slopes = both(jnp.array([1.0, 0.0]))
+    assert one > 0
+    np.testing.assert_allclose(two, one / np.sqrt(2), rtol=1e-9)
+    np.testing.assert_allclose(slopes[0], slope[0] / np.sqrt(2), atol=1e-9)
+    assert np.isfinite(slopes[1])
+
+
 def test_of_a_stochastic_solve():
     """SOSRI: the same numbers and gradients as its own steps, one by one."""
     path = BrownianInterval(0.0, 1.0, (2,), jax.random.key(1), levy_area=dfx.SpaceTimeLevyArea)
