@@ -82,7 +82,7 @@ class _StoredSolve(AbstractSolve):
     adjoint = "DiscreteAdjoint"
 
     def __init__(self, traced: Traced, start: Start, max_steps: int, checkpoints: int):
-        self._states, self._longest = tapes.plan(checkpoints, max_steps)
+        self._states = tapes.plan(checkpoints, max_steps)
         super().__init__(traced, start, max_steps)
 
     def states(self) -> tapes.Doubling:
@@ -93,5 +93,5 @@ class _StoredSolve(AbstractSolve):
 
     def pull_back(self, consts, start, batch, kept, ct, wanted) -> Gradients:
         trail = replay.opened(kept)
-        out = replay.run(self.traced, consts, start.ts, batch, trail, ct, wanted, self._longest)
+        out = replay.run(self.traced, consts, start.ts, batch, trail, ct, wanted, self._states)
         return Gradients(out.y, out.state, out.consts)

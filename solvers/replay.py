@@ -13,6 +13,7 @@ its own with cotangent zero. A lane that failed has no step that is safe to eval
 (`donors`), and contributes exactly nothing.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import equinox as eqx
@@ -28,7 +29,9 @@ from nde.solvers.heuristics import Judged
 from nde.solvers.hoist import Hoisted
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Save, Traced
-from nde.solvers.tape import Tape
+from nde.solvers.tape import Doubling, Tape
+
+Row = Callable[[Array], Array]  # from a step to where its state stands
 
 
 class Trail(NamedTuple):
@@ -78,11 +81,11 @@ def run(
     trail: Trail,
     cotangents: Cotangents,
     wanted: dict[int, Array],
-    longest: int,
+    keep: Doubling,
 ) -> Running:
     """Pulls cotangents back to the initial value and to the constants in `wanted` (zeros to add to).
 
-    `longest`: the longest chunk, known from `max_steps`.
+    `keep`: which states the forward loop has kept.
     """
     pull = Pull(traced, consts, ts, batch, trail, cotangents, wanted)
     first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
@@ -90,7 +93,7 @@ def run(
     cache = jax.tree.map(jnp.zeros_like, first[1][1]) if traced.hands_over else None
     inner = traced.inner(pull.alive(cotangents.state), cache)
     ct = Running(pull.alive(cotangents.y), inner, wanted, trail.ts_index, pull.memory)
-    ct = _to_start(pull, trail, first, ct, longest)
+    ct = _to_start(pull, trail, keep, ct)
     if not traced.hands_over:
         return ct
     # Where no lane took a step there is none to borrow, and the field may be undefined.
@@ -98,26 +101,69 @@ def run(
     return jax.lax.cond(jnp.any(trail.steps > 0), lambda: pull.first_cache(first, ct), none)
 
 
-def _to_start(
-    pull: "Pull", trail: Trail, first: PyTree[Array], ct: Running, longest: int
-) -> Running:
-    """Pulls back to the first step, whose state is `first`."""
-    steps, slots = trail.steps, jax.tree.leaves(trail.tape.states)[0].shape[0] - 1
-    most = jnp.max(steps)
-    if longest == 1:  # every state is there
-        stored = lambda k: tapes.get(trail.tape.states, tapes.slot(k, slots))
-        return pull.steps_back(jnp.zeros_like(most), most, stored, ct)
-    length = tapes.stride(most, slots)
+def _to_start(pull: "Pull", trail: Trail, keep: Doubling, ct: Running) -> Running:
+    """Pulls back to the first step."""
+    most, states = jnp.max(trail.steps), trail.tape.states
+    kept = lambda k: tapes.slot(k, keep.rows)
+    if not keep.spare:  # every state is there
+        return steps_back(pull, jnp.zeros_like(most), most, states, kept, ct)[0]
+    last = tapes.stride(most, keep.rows) - 1  # of a chunk; a mask, as the stride is a power of two
 
-    def pull_chunk(i: Array, carry: tuple[Running, PyTree[Array]]):
-        k0 = length * ((most - 1) // length - i)
-        state = tapes.get(trail.tape.states, tapes.slot(k0, slots))
-        return chunk(
-            pull, k0, jnp.minimum(length, most - k0), choose(steps > k0, state, first), *carry
-        )
+    def row(k: Array) -> Array:
+        place = k & last
+        return jnp.where(place == 0, kept(k), keep.rows + place)
 
-    chunks = jnp.where(most > 0, (most - 1) // length + 1, 0)
-    return jax.lax.fori_loop(0, chunks, pull_chunk, (ct, tapes.blank(first, longest)))[0]
+    def first(k: Array) -> Array:
+        place = k & last
+        return jnp.where((place == last) | (k == most - 1), k - place, k)
+
+    return steps_back(pull, jnp.zeros_like(most), most, states, row, ct, first)[0]
+
+
+def replay(
+    pull: "Pull", k0: Array, k1: Array, states: PyTree[Array], row: Row, memory: PyTree[Array]
+) -> tuple[Loaded, PyTree[Array], PyTree[Array]]:
+    """From the state at step k0 to step k1, writing down every state on the way.
+
+    A step is loaded ahead and handed on by the loop: so it is read once, and not by each of its stages.
+    """
+
+    def step(k, carry):
+        loaded, states, memory = carry
+        (y, inner), memory = pull.advance(loaded, memory)
+        after = choose(k + 1 < pull.steps, (y, inner), (loaded.y, loaded.state))
+        return pull.load(k + 1, after), tapes.put(states, row(k + 1), after), memory
+
+    carry = (pull.load(k0, tapes.get(states, row(k0))), states, memory)
+    return jax.lax.fori_loop(k0, k1, step, carry)
+
+
+def steps_back(
+    pull: "Pull",
+    k0: Array,
+    count: Array,
+    states: PyTree[Array],
+    row: Row,
+    ct: Running,
+    first: Callable[[Array], Array] | None = None,
+) -> tuple[Running, PyTree[Array]]:
+    """Pulls back through `count` steps from step k0 on; returns the rows as well.
+
+    `row(k)`: the row of `states` for the state before step k. `first(k)`: the step whose state is
+    there, to replay from before step k can be pulled back; None: every state is there.
+    """
+
+    def step(i: Array, carry: tuple[Running, PyTree[Array]]):
+        ct, states = carry
+        k = k0 + count - 1 - i
+        if first is None:
+            loaded = pull.load(k, tapes.get(states, row(k)))
+        else:
+            loaded, states, memory = replay(pull, first(k), k, states, row, ct.memory)
+            ct = ct._replace(memory=memory)
+        return pull.step(k, loaded, ct), states
+
+    return jax.lax.fori_loop(0, count, step, (ct, states))
 
 
 def chunk(
@@ -127,18 +173,9 @@ def chunk(
 
     `kept`: rows for at least `length` states, to be overwritten.
     """
-
-    def replay(j, carry):
-        state, kept, memory = carry
-        kept = tapes.put(kept, j, state)
-        after, memory = pull.advance(k0 + j, state, memory)
-        return choose(k0 + j + 1 < pull.steps, after, state), kept, memory
-
-    carry = (state, kept, ct.memory)
-    state, kept, memory = jax.lax.fori_loop(0, length - 1, replay, carry)
-    ct = ct._replace(memory=memory)
-    kept = tapes.put(kept, length - 1, state)
-    return pull.steps_back(k0, length, lambda k: tapes.get(kept, k - k0), ct), kept
+    kept = tapes.put(kept, jnp.zeros_like(k0), state)
+    first = lambda k: jnp.where(k == k0 + length - 1, k0, k)
+    return steps_back(pull, k0, length, kept, lambda k: k - k0, ct, first)
 
 
 class Pull:
@@ -179,25 +216,11 @@ class Pull:
             k = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
         return tapes.times(self.tape, k)
 
-    def advance(self, k: Array, state: PyTree[Array], memory: PyTree[Array]):
-        """The state behind step k, and the memory of the noise."""
-        y, inner, t0, t1, jump = self.load(k, state)
+    def advance(self, loaded: Loaded, memory: PyTree[Array]):
+        """The state behind a step, and the memory of the noise."""
+        y, inner, t0, t1, jump = loaded
         increments, memory = self.draw(t0, t1, memory)
         return self._advance(self.consts, y, inner, t0, t1, jump, increments)[:2], memory
-
-    def steps_back(self, k0: Array, count: Array, stored, ct: Running) -> Running:
-        """Pulls back through `count` steps from step k0 on; `stored(k)` is the state before step k."""
-
-        def step(i: Array, carry: tuple[Running, Loaded]):
-            ct, loaded = carry
-            k = k0 + count - 1 - i
-            ct = self.step(k, loaded, ct)
-            # Loaded ahead, a step is read once and not by each of its stages.
-            before = jnp.maximum(k - 1, k0)
-            return ct, self.load(before, stored(before))
-
-        last = jnp.maximum(k0 + count - 1, k0)
-        return jax.lax.fori_loop(0, count, step, (ct, self.load(last, stored(last))))[0]
 
     def step(self, k: Array, loaded: Loaded, ct: Running) -> Running:
         """From the cotangents behind step k to those before it."""

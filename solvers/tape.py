@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 class Tape(NamedTuple):
     """Accepted steps. Arrays have a row axis, then the lane axis."""
 
-    states: PyTree[Array]  # (rows + 1, lanes, ...); the last row takes what is not kept
+    states: PyTree[Array]  # (rows + 1 + spare, lanes, ...); row `rows` takes what is not kept
     knots: (
         Array  # (max_steps + 2, lanes): step k ends at row k + 1, and starts where the last ended
     )
@@ -43,9 +43,13 @@ def stride(count: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
 
 
 class Doubling(NamedTuple):
-    """Keeps states in a fixed number of slots, whatever the number of steps."""
+    """Keeps states in a fixed number of slots, whatever the number of steps.
+
+    The spare rows are for the states between two kept ones, once they are replayed.
+    """
 
     rows: int  # a power of two
+    spare: int = 0  # the longest stride, less one
 
     def row(self, k: Int[Array, "..."]) -> Int[Array, "..."]:
         """Where state k goes; `rows` if it is not kept."""
@@ -58,14 +62,15 @@ class Every(NamedTuple):
 
     rows: int
     steps: int
+    spare: int = 0
 
     def row(self, k: Int[Array, "..."]) -> Int[Array, "..."]:
         """Where state k goes; `rows` if it is not kept."""
         return jnp.where(k % self.steps == 0, k // self.steps, self.rows)
 
 
-def plan(checkpoints: int, max_steps: int) -> tuple[Doubling, int]:
-    """Slots, and the longest stride that `max_steps` can lead to.
+def plan(checkpoints: int, max_steps: int) -> Doubling:
+    """Slots, and rows for the longest stride that `max_steps` can lead to.
 
     Both are about sqrt(max_steps) once that is more than `checkpoints`.
     """
@@ -78,7 +83,7 @@ def plan(checkpoints: int, max_steps: int) -> tuple[Doubling, int]:
     longest = 1
     while slots * longest < max_steps:
         longest *= 2
-    return Doubling(slots), longest
+    return Doubling(slots, longest - 1)
 
 
 def blank(tree: PyTree[Array], rows: int) -> PyTree[Array]:
@@ -117,7 +122,7 @@ def start(
 ) -> Tape:
     """A tape with nothing on it yet. `jump` is None where the field cannot jump."""
     starts, jumps = (None, None) if jump is None else (blank(t0, steps + 2), blank(jump, steps + 2))
-    states = blank(state, keep.rows + 1) if keep.rows else None
+    states = blank(state, keep.rows + 1 + keep.spare) if keep.rows else None
     return Tape(states, blank(t0, steps + 2), starts, jumps)
 
 
