@@ -8,9 +8,10 @@ With stride m between stored states and n accepted steps, chunk c holds the step
             add the cotangents of what was saved at or inside step k
             (ct_y, ct_consts) += transposed derivative of step k              (1 F + 1 B per step)
 
-A lane with fewer steps waits until its own last step comes by. While it waits it evaluates a step of
-its own with cotangent zero. A lane that failed has no step that is safe to evaluate: it borrows one
-(`donors`), and contributes exactly nothing.
+A lane with fewer steps waits until its own last step comes by. While it waits it evaluates its first
+step, with cotangent zero. (Not just any state with any step: zero times what overflows is nan.) A lane
+that failed has no step that is safe to evaluate: it borrows one (`donors`), and contributes exactly
+nothing.
 """
 
 from collections.abc import Callable
@@ -88,9 +89,8 @@ def run(
     `keep`: which states the forward loop has kept.
     """
     pull = Pull(traced, consts, ts, batch, trail, cotangents, wanted)
-    first = tapes.get(trail.tape.states, jnp.zeros((), jnp.int32))
     # Nothing depends on the last cache.
-    cache = jax.tree.map(jnp.zeros_like, first[1][1]) if traced.hands_over else None
+    cache = jax.tree.map(jnp.zeros_like, pull.first[1][1]) if traced.hands_over else None
     inner = traced.inner(pull.alive(cotangents.state), cache)
     ct = Running(pull.alive(cotangents.y), inner, wanted, trail.ts_index, pull.memory)
     ct = _to_start(pull, trail, keep, ct)
@@ -98,7 +98,7 @@ def run(
         return ct
     # Where no lane took a step there is none to borrow, and the field may be undefined.
     none = lambda: ct._replace(state=ct.state[0])
-    return jax.lax.cond(jnp.any(trail.steps > 0), lambda: pull.first_cache(first, ct), none)
+    return jax.lax.cond(jnp.any(trail.steps > 0), lambda: pull.first_cache(ct), none)
 
 
 def _to_start(pull: "Pull", trail: Trail, keep: Doubling, ct: Running) -> Running:
@@ -201,6 +201,8 @@ class Pull:
         self.memory = traced.memory_of(self.consts, batch, t0)
         self.draw = traced.drawing(self.consts, batch)
         self._advance = batch.per_lane(traced.advance)
+        states = trail.tape.states
+        self.first = None if states is None else tapes.get(states, jnp.zeros((), jnp.int32))
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
         """Cotangents, without those of lanes that failed."""
@@ -208,10 +210,12 @@ class Pull:
 
     def load(self, k: Array, state: PyTree[Array]) -> Loaded:
         """Step k from `state` in every lane that has one, else a harmless one."""
-        return Loaded(*self.donors.lend((*state, *self.times(k))))
+        mine = k < (jnp.max(self.steps) if self.traced.uniform else self.steps)
+        state = choose(jnp.broadcast_to(mine, self.steps.shape), state, self.first)
+        return Loaded(*self.donors.lend((*state, *tapes.times(self.tape, jnp.where(mine, k, 0)))))
 
     def times(self, k: Array) -> tuple[Array, Array, Array]:
-        """Where step k starts and ends in every lane that has one, else another step of the lane."""
+        """Where step k starts and ends in every lane that has one, else its last step."""
         if not self.traced.uniform:
             k = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
         return tapes.times(self.tape, k)
@@ -243,9 +247,9 @@ class Pull:
         ct_out = (*behind, ct_dense, self._judgement(k, active))
         return self._pulled(advance, (y, moving), aux, ct_out, active, ct)
 
-    def first_cache(self, first: PyTree[Array], ct: Running) -> Running:
+    def first_cache(self, ct: Running) -> Running:
         """From the cotangents of the first cache to those of what it was evaluated from."""
-        loaded, (ct_state, ct_cache) = self.load(jnp.zeros((), jnp.int32), first), ct.state
+        loaded, (ct_state, ct_cache) = self.load(jnp.zeros((), jnp.int32), self.first), ct.state
         evaluate = lambda consts, y, aux: self.traced.cache(consts, aux[0], y, aux[1])
         aux = (loaded.t0, loaded.state[0])
         _, ct_consts, ct_y = self.transpose(

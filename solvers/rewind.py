@@ -245,7 +245,8 @@ class _Backward:
         def step(j, carry):
             (y, others), ct = carry
             k = k0 + length - 1 - j
-            y, others, t0, t1, jump = self.pull.load(k, (y, others))
+            lend = self.pull.donors.lend
+            y, others, t0, t1, jump = lend((y, others, *self.pull.times(k)))
             increments, memory = self.pull.draw(t0, t1, ct.memory)
             ct, members = ct._replace(memory=memory), self.solver.members(y, others)
             members = self.retreat(self.pull.consts, members, t0, t1, jump, increments)

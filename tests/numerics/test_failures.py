@@ -107,6 +107,33 @@ def test_a_failed_lane_is_alone(lanes, failure):
         assert 0.4 < ts[BAD][2] <= 0.5 and np.all(np.isfinite(ys[BAD][reached]))
 
 
+@pytest.mark.parametrize("checkpoints", [64, 4])
+def test_a_lane_that_waits_takes_no_step_that_overflows(checkpoints):
+    """The last step of one lane is 1e7 times its first, so from where it began it leads to infinity.
+
+    While the other lane's later steps are pulled back it must not be taken from there: zero times nan
+    would reach the rate, which both share.
+    """
+
+    def end(adjoint, rate, y0, t1):
+        return dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, rate: -rate * y**3), dfx.Tsit5(), 0.0, t1, 1e-7, y0, rate,
+            stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3), adjoint=adjoint,
+            max_steps=128,
+        )  # fmt: skip
+
+    y0, t1 = jnp.array([1e3, 1.0]), jnp.array([5.0, 2000.0])
+
+    def total(rate, adjoint):
+        sol = jax.vmap(lambda y, t: end(adjoint, rate, y, t))(y0, t1)
+        return jnp.sum(sol.ys), sol.stats["num_accepted_steps"]
+
+    gradient = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
+    ours, (first, second) = gradient(1.0, DiscreteAdjoint(checkpoints=checkpoints))
+    assert first > second + 8
+    np.testing.assert_allclose(ours, gradient(1.0, DIFFRAX)[0], rtol=1e-10)
+
+
 def test_a_lane_of_length_zero(lanes):
     _, run = lanes
     grads, (_, ys, stats, result) = run({"t1": 0.0, "ts": 0.0})
