@@ -5,6 +5,7 @@ shapes, types and options show (an exception while tracing), and what only the n
 run time if `throw=True`, else a result code in that lane; either way the lane takes no step).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import diffrax
@@ -140,7 +141,7 @@ class _Fault(NamedTuple):
 def _faults(start: Start, dt0: Array | None) -> list[_Fault]:
     """The first that holds is reported."""
     t0, t1, tnext = start.tprev, start.t1, start.tnext
-    some = lambda test, tree: jnp.any(jnp.stack([jnp.any(test(x)) for x in tree]))
+    some = lambda test, tree: functools.reduce(jnp.logical_or, (jnp.any(test(x)) for x in tree))
     infinite, too_small = diffrax.RESULTS.nonfinite, diffrax.RESULTS.dt_min_reached
     return [
         _Fault(

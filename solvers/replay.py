@@ -202,7 +202,7 @@ class Pull:
         self.draw = traced.drawing(self.consts, batch)
         self._advance = batch.per_lane(traced.advance)
         states = trail.tape.states
-        self.first = None if states is None else tapes.get(states, jnp.zeros((), jnp.int32))
+        self.first: Any = None if states is None else tapes.get(states, jnp.zeros((), jnp.int32))
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
         """Cotangents, without those of lanes that failed."""
@@ -210,9 +210,10 @@ class Pull:
 
     def load(self, k: Array, state: PyTree[Array]) -> Loaded:
         """Step k from `state` in every lane that has one, else a harmless one."""
-        mine = k < (jnp.max(self.steps) if self.traced.uniform else self.steps)
-        state = choose(jnp.broadcast_to(mine, self.steps.shape), state, self.first)
-        return Loaded(*self.donors.lend((*state, *tapes.times(self.tape, jnp.where(mine, k, 0)))))
+        if not self.traced.uniform:  # else a lane that waits has steps of length zero
+            mine = k < self.steps
+            k, state = jnp.where(mine, k, 0), choose(mine, state, self.first)
+        return Loaded(*self.donors.lend((*state, *tapes.times(self.tape, k))))
 
     def times(self, k: Array) -> tuple[Array, Array, Array]:
         """Where step k starts and ends in every lane that has one, else its last step."""

@@ -48,6 +48,7 @@ def worst(example, model):
     return example.train("parity", *example.MODELS[model], steps=400, seeds=3).min(axis=1)
 
 
+@pytest.mark.slow
 def test_blocks_hold_parity_at_four_times_the_length_and_a_diagonal_does_not(example):
     assert worst(example, "block 4, orthogonal").min() > 0.95
     assert worst(example, "diagonal, exponential").max() < 0.7

@@ -90,6 +90,7 @@ def test_the_error_of_a_window_has_the_stated_order_and_the_wrong_sign_is_worse(
     assert np.all(np.array(errors["wrong sign"]) > np.array(errors[1]))
 
 
+@pytest.mark.slow
 def test_shorter_windows_approach_the_plain_equation_of_a_nonlinear_field():
     """The order of the whole solve is the depth: here for windows of a smooth path."""
     fine = np.linspace(0.0, 1.0, 65)

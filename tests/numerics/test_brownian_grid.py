@@ -21,7 +21,7 @@ def grid(levy_area=diffrax.BrownianIncrement, t0=0.0, t1=1.0, dt=0.1, shape=(3,)
 @pytest.mark.parametrize("levy_area", LEVY_AREAS)
 def test_a_cell_is_the_draw_of_a_hand_written_scan(levy_area):
     path = grid(levy_area)
-    for n in range(10):
+    for n in (0, 3, 9):
         by_hand = jnp.sqrt(0.1) * jax.random.normal(jax.random.fold_in(KEY, n), (3,))
         np.testing.assert_array_equal(path.evaluate(n * 0.1, (n + 1) * 0.1), by_hand)
         np.testing.assert_array_equal(path.cell(n), by_hand)

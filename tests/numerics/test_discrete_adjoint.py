@@ -116,7 +116,11 @@ IMPLICIT = {
 }
 
 
-@pytest.mark.parametrize("name", IMPLICIT)
+# One stiff method and one with a given root finder; the other with `-m slow`.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "KenCarp3" else n for n in IMPLICIT],
+)
 def test_implicit_solvers(name):
     tight, loose = dfx.PIDController(rtol=1e-9, atol=1e-11), dfx.PIDController(1e-3, 1e-5)
     constant = dfx.ConstantStepSize()
@@ -170,7 +174,7 @@ FORWARDS = [
     for name in CONTROLLERS
     for save in SAVES
 ]
-BACKWARDS = [(name, "all", -1) for name in ("pid", "jump_ts")]
+BACKWARDS = [pytest.param("pid", "all", -1, marks=pytest.mark.slow), ("jump_ts", "all", -1)]
 
 
 @pytest.mark.parametrize("name, save, direction", FORWARDS + BACKWARDS)
@@ -321,11 +325,14 @@ SDE_SOLVERS = {
 }
 
 
-# One of every kind; the other two with `-m slow`.
+SLOW_SDE = ("Euler", "EulerHeun", "ItoMilstein")
+
+
+# One of every kind; the others with `-m slow`.
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("Euler", "EulerHeun") else name
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW_SDE else name
         for name in SDE_SOLVERS
     ],
 )

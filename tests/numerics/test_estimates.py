@@ -184,18 +184,18 @@ def test_of_a_stochastic_solve():
     def ours(w):
         sol = dfx.diffeqsolve(
             terms(w), SOSRI(), 0.0, 1.0, None, jnp.asarray(Y0S[0]), max_steps=16,
-            stepsize_controller=dfx.StepTo(jnp.linspace(0, 1, 9)),
+            stepsize_controller=dfx.StepTo(jnp.array([0.0, 0.5, 1.0])),
             adjoint=DiscreteAdjoint(estimates=Estimates()),
         )  # fmt: skip
         return sol.stats["error_estimate"]
 
     def unrolled(w):
         solver, y, total = SOSRI(), jnp.asarray(Y0S[0]), 0.0
-        state = solver.init(terms(w), 0.0, 0.125, y, None)
-        for i in range(8):
-            t0, t1 = jnp.asarray(i / 8), jnp.asarray((i + 1) / 8)
+        state = solver.init(terms(w), 0.0, 0.5, y, None)
+        for i in range(2):
+            t0, t1 = jnp.asarray(i / 2), jnp.asarray((i + 1) / 2)
             y, e, _, state, _ = solver.step(terms(w), t0, t1, y, None, state, False)
-            total += jnp.sqrt(jnp.mean(e**2)) / 8
+            total += jnp.sqrt(jnp.mean(e**2)) / 2
         return total
 
     found, expected = (jax.jit(jax.value_and_grad(f))(WEIGHTS) for f in (ours, unrolled))
