@@ -207,7 +207,7 @@ def time_methods(case: Case) -> dict[str, Any]:
 
 
 def time_compilation(case: Case, name: str) -> list[float]:
-    """Seconds to trace, lower and compile the gradient of one method."""
+    """Seconds to trace, lower and compile the gradient of one method, twice."""
     build = ft.partial(compiled_gradient, case, name, *problem(case))
     return measure.compile_seconds(build, 2)
 

@@ -250,9 +250,8 @@ class _Backward:
             increments, memory = self.pull.draw(t0, t1, ct.memory)
             ct, members = ct._replace(memory=memory), self.solver.members(y, others)
             members = self.retreat(self.pull.consts, members, t0, t1, jump, increments)
-            undone = self.solver.split(
-                members
-            )  # of a lane that waits, its last step again and again
+            # A lane that waits undoes its last step again and again, and is pulled back through it.
+            undone = self.solver.split(members)
             ct = self.pull.step(k, Loaded(*undone, t0, t1, jump), ct)
             return choose(k < self.pull.steps, undone, (y, others)), ct
 
