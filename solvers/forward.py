@@ -36,7 +36,6 @@ class Moving(NamedTuple):
     saved_ts: tuple[Array, ...]
     saved_ys: tuple[PyTree[Array], ...]
     judged: Judged | None  # the estimates of every accepted step, in rows
-    attempts: Array  # the same in all lanes
     memory: PyTree[Array]  # of the noise
     extra: PyTree[Array]  # what an adjoint finds out besides, lane by lane
     tape: Tape | None
@@ -62,7 +61,6 @@ def first(
         tuple(jnp.full((s.rows, lanes), jnp.inf, start.tprev.dtype) for s in traced.saves),
         tuple(_blank_rows(s, lanes) for s in traced.saves),
         jax.tree.map(lambda x: jnp.zeros((max_steps, lanes), x.dtype), traced.judged),
-        zeros,
         memory,
         (),
         None
@@ -90,10 +88,12 @@ def run(
     def is_live(c: Moving) -> Array:
         return (c.tprev < start.t1) & (c.result == 0)
 
-    def cond(c: Moving) -> Array:
-        return jnp.any(is_live(c)) & (c.attempts[0] < max_steps)
+    def cond(carry: tuple[Array, Moving]) -> Array:
+        attempts, c = carry
+        return jnp.any(is_live(c)) & (attempts < max_steps)
 
-    def body(c: Moving) -> Moving:
+    def body(carry: tuple[Array, Moving]) -> tuple[Array, Moving]:
+        attempts, c = carry
         live = is_live(c)
         increments, memory = draw(c.tprev, c.tnext, c.memory)
         step: Step = attempt(
@@ -102,7 +102,7 @@ def run(
         )  # fmt: skip
         c = c._replace(memory=memory)
         accept = live & step.keep
-        index = c.attempts[0] if traced.uniform else c.accepted
+        index = attempts if traced.uniform else c.accepted
         if keep is not None and c.tape is not None:
             state = (c.y, traced.inner(c.state, c.cache))
             at = (index, accept, state, c.tprev, c.tnext, c.made_jump)
@@ -115,10 +115,10 @@ def run(
         c = _advance(c, step, live, accept)
         if traced.jumps and jax.tree.leaves(c.cache):
             c = _refresh(refresh, consts, c, accept)
-        return c
+        return attempts + 1, c
 
     begin = first(traced, consts, start, batch, max_steps, keep)
-    last = jax.lax.while_loop(cond, body, begin)
+    _, last = jax.lax.while_loop(cond, body, (jnp.zeros((), jnp.int32), begin))
     stopped = code(diffrax.RESULTS.max_steps_reached)
     return last._replace(result=jnp.where(is_live(last), stopped, last.result))
 
@@ -155,7 +155,6 @@ def _advance(c: Moving, step: Step, live: Array, accept: Array) -> Moving:
         result=choose(live, step.result, c.result),
         accepted=c.accepted + accept.astype(jnp.int32),
         rejected=c.rejected + (live & ~accept).astype(jnp.int32),
-        attempts=c.attempts + 1,
     )  # fmt: skip
 
 
