@@ -262,10 +262,12 @@ class _Backward:
         members, cts = solver.members(*end), solver.members(ct.y, ct.state)
         back = solver.start_rewind(members, cts, pull.steps.shape)
         following, memory = self.when(k0 + length - 1, ct.memory)
+        steps = pull.donors.lend(pull.steps)  # a lane that failed goes with its donor
 
         def step(j, going: Going) -> Going:
             k = k0 + length - 1 - j
-            active, (when, memory) = k < pull.steps, self.when(k, going.memory)
+            active, moves = k < pull.steps, k < steps
+            when, memory = self.when(k, going.memory)
             going = self._with_steps(k, active, when, going)
             hidden = going.back._replace(
                 cts=masked(active, going.back.cts), ct_first=masked(active, going.back.ct_first)
@@ -273,8 +275,8 @@ class _Backward:
             answers = self._answers(self.rehearsed.rewind, when, going.following)
             back, ct_consts = solver.rewind(answers, hidden)
             return Going(
-                choose(active, back, going.back),
-                choose(active, when, going.following),
+                choose(moves, back, going.back),
+                choose(moves, when, going.following),
                 added(going.consts, ct_consts or {}),
                 going.ts_index,
                 memory,

@@ -8,7 +8,7 @@ import pytest
 from oracles import CONSTANT, DIFFRAX, OURS, PARAMS, Y0, field, relative, solve
 from problems import PROBLEMS, terms
 
-from nde.solvers import DiscreteAdjoint, ReversibleAdjoint, ReversibleHeun
+from nde.solvers import EES25, DiscreteAdjoint, ReversibleAdjoint, ReversibleHeun
 
 LANES, BAD = 3, 1
 TS = np.array([0.1, 0.4, 0.95])
@@ -132,6 +132,32 @@ def test_a_lane_that_waits_takes_no_step_that_overflows(checkpoints):
     ours, (first, second) = gradient(1.0, DiscreteAdjoint(checkpoints=checkpoints))
     assert first > second + 8
     np.testing.assert_allclose(ours, gradient(1.0, DIFFRAX)[0], rtol=1e-10)
+
+
+def test_a_lane_that_failed_is_unstepped_with_its_donor():
+    """It borrows the last state of the other lane, from where that one's first step overflows.
+
+    So it must borrow the states before as well: zero times nan would reach the rate, which both share.
+    """
+
+    def end(rate, limit):
+        field = lambda t, y, rate: rate * y**21 + jnp.where(t > limit, jnp.nan, 0.0)
+        return dfx.diffeqsolve(
+            dfx.ODETerm(field), EES25(), 0.0, 1 - 1e-6, 0.05, 1.0, rate, throw=False,
+            stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-5),
+            adjoint=ReversibleAdjoint(checkpoint_every=None),
+        )  # fmt: skip
+
+    def total(rate, limits):
+        sol = jax.vmap(end, in_axes=(None, 0))(rate, limits)
+        return jnp.sum(jnp.where(sol.result == dfx.RESULTS.successful, sol.ys[:, 0], 0.0)), sol
+
+    gradient = jax.jit(jax.grad(total, has_aux=True))
+    both, sol = gradient(0.05, jnp.array([2.0, 0.5]))
+    np.testing.assert_array_equal(sol.result == dfx.RESULTS.successful, [True, False])
+    alone, sol = gradient(0.05, jnp.array([2.0, 2.0]))
+    assert np.all(sol.result == dfx.RESULTS.successful) and alone > 0
+    np.testing.assert_allclose(2 * both, alone, rtol=1e-10)
 
 
 def test_a_lane_of_length_zero(lanes):
