@@ -5,6 +5,7 @@ import os
 
 import hypothesis
 import jax
+import pytest
 
 # Most of a test is spent in the compiler, and what it compiles runs once: an older code generator and
 # little optimization nearly halve the time. `XLA_FLAGS= python -m pytest` compiles as users do.
@@ -26,3 +27,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("slow", deadline=None, max_examples=300, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """Hardly anything is used by two files, and all of it would take several gigabytes."""
+    yield
+    jax.clear_caches()
