@@ -209,11 +209,10 @@ def steer(
     behind = jnp.where(jnp.append(real[1:], False), jnp.append(half[1:], 0), jnp.inf)
     reach = jnp.minimum(jnp.minimum(half, behind), jnp.inf if width is None else width)
     moved = ts[1:] + reach * jax.random.uniform(key, half.shape, ts.dtype, -1.0, 1.0)
-    moved = jnp.where(real, moved, moved[jnp.sum(real) - 1])
-    # The compiler may round a time and its repetition differently: in order to the last bit.
+    # Padding repeats the last time to the last bit: a copy of it might be rounded differently.
     sign = jnp.where(ts[-1] < ts[0], -1.0, 1.0)
-    moved = sign * jax.lax.cummax(sign * moved)
-    solution = model.solve(jnp.append(ts[:1], moved), y0, args, throw=False)
+    times = sign * jnp.append(ts[:1], jnp.where(real, moved, ts[0]))
+    solution = model.solve(sign * jax.lax.cummax(times), y0, args, throw=False)
     return solution, jnp.zeros((), ts.dtype)
 
 

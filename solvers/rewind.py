@@ -223,6 +223,7 @@ class _Backward:
 
     def __init__(self, pull: Pull, rehearsed: Rehearsed):
         self.pull, self.rehearsed, self.solver = pull, rehearsed, rehearsed.solver
+        self.steps = pull.donors.lend(pull.steps)  # a lane that failed goes with its donor
         self.control = pull.batch.per_lane(rehearsed.control)
         self.retreat = pull.batch.per_lane(rehearsed.retreat)
         self.fused = all(save.is_linear for save in pull.traced.saves) and pull.judged is None
@@ -245,15 +246,14 @@ class _Backward:
         def step(j, carry):
             (y, others), ct = carry
             k = k0 + length - 1 - j
-            lend = self.pull.donors.lend
-            y, others, t0, t1, jump = lend((y, others, *self.pull.times(k)))
+            t0, t1, jump = self.pull.donors.lend(self.pull.times(k))
             increments, memory = self.pull.draw(t0, t1, ct.memory)
             ct, members = ct._replace(memory=memory), self.solver.members(y, others)
             members = self.retreat(self.pull.consts, members, t0, t1, jump, increments)
             # A lane that waits undoes its last step again and again, and is pulled back through it.
             undone = self.solver.split(members)
             ct = self.pull.step(k, Loaded(*undone, t0, t1, jump), ct)
-            return choose(k < self.pull.steps, undone, (y, others)), ct
+            return choose(k < self.steps, undone, (y, others)), ct
 
         return jax.lax.fori_loop(0, length, step, (end, ct))
 
@@ -262,11 +262,10 @@ class _Backward:
         members, cts = solver.members(*end), solver.members(ct.y, ct.state)
         back = solver.start_rewind(members, cts, pull.steps.shape)
         following, memory = self.when(k0 + length - 1, ct.memory)
-        steps = pull.donors.lend(pull.steps)  # a lane that failed goes with its donor
 
         def step(j, going: Going) -> Going:
             k = k0 + length - 1 - j
-            active, moves = k < pull.steps, k < steps
+            active, moves = k < pull.steps, k < self.steps
             when, memory = self.when(k, going.memory)
             going = self._with_steps(k, active, when, going)
             hidden = going.back._replace(

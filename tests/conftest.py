@@ -8,7 +8,7 @@ import jax
 import pytest
 
 # Most of a test is spent in the compiler, and what it compiles runs once: an older code generator and
-# little optimization nearly halve the time. `XLA_FLAGS= python -m pytest` compiles as users do.
+# little optimization nearly halve that. `XLA_FLAGS= python -m pytest` compiles as users do.
 # (Versions of XLA differ in their flags, and one that it does not know ends the process.)
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault(
