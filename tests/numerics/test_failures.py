@@ -134,23 +134,28 @@ def test_a_lane_that_waits_takes_no_step_that_overflows(checkpoints):
     np.testing.assert_allclose(ours, gradient(1.0, DIFFRAX)[0], rtol=1e-10)
 
 
-def test_a_lane_that_failed_is_unstepped_with_its_donor():
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_lane_that_failed_is_unstepped_with_its_donor(fused):
     """It borrows the last state of the other lane, from where that one's first step overflows.
 
     So it must borrow the states before as well: zero times nan would reach the rate, which both share.
+    An output that is not linear in y makes the reversal undo a step before it pulls back through it.
     """
+    square = dfx.SubSaveAt(steps=True, fn=lambda t, y, rate: y**2)
+    last = dfx.SubSaveAt(t1=True)
 
     def end(rate, limit):
         field = lambda t, y, rate: rate * y**21 + jnp.where(t > limit, jnp.nan, 0.0)
         return dfx.diffeqsolve(
             dfx.ODETerm(field), EES25(), 0.0, 1 - 1e-6, 0.05, 1.0, rate, throw=False,
+            saveat=dfx.SaveAt(subs=[last] if fused else [last, square]),
             stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-5),
             adjoint=ReversibleAdjoint(checkpoint_every=None),
         )  # fmt: skip
 
     def total(rate, limits):
         sol = jax.vmap(end, in_axes=(None, 0))(rate, limits)
-        return jnp.sum(jnp.where(sol.result == dfx.RESULTS.successful, sol.ys[:, 0], 0.0)), sol
+        return jnp.sum(jnp.where(sol.result == dfx.RESULTS.successful, sol.ys[0][:, 0], 0.0)), sol
 
     gradient = jax.jit(jax.grad(total, has_aux=True))
     both, sol = gradient(0.05, jnp.array([2.0, 0.5]))
