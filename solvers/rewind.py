@@ -46,7 +46,10 @@ class Rehearsed(NamedTuple):
 
 
 class When(NamedTuple):
-    """The times of a step, whether the field jumped at its start, and the control over it."""
+    """The times of a step, whether the field jumped at its start, and the control over it.
+
+    In the loop every array has a lane axis in front; while the solve is traced, none.
+    """
 
     t0: Array
     t1: Array
@@ -149,7 +152,11 @@ class _Answers:
 
 
 class Going(NamedTuple):
-    """What travels backwards inside a chunk."""
+    """What travels backwards inside a chunk.
+
+    A lane axis is in front of every array but the cotangents of constants: those are summed over the
+    lanes that share one, levels in front as in `lanes`.
+    """
 
     back: Rewind
     following: When
