@@ -31,7 +31,9 @@ class Moving(NamedTuple):
     result: Array
     accepted: Array
     rejected: Array
-    refreshed: Array  # how often the cache had to be evaluated anew
+    restarts: (
+        Array  # attempts behind a jump; where there is a cache, how often it was evaluated anew
+    )
     ts_index: tuple[Array, ...]
     saved_ts: tuple[Array, ...]
     saved_ys: tuple[PyTree[Array], ...]
@@ -112,9 +114,12 @@ def run(
             zero = jax.tree.map(jnp.zeros_like, step.judged)
             c = c._replace(judged=tapes.put(c.judged, row, choose(accept, step.judged, zero)))
         c = _save(traced, consts, start, batch, c, step, accept)
+        restarted = live & c.made_jump
         c = _advance(c, step, live, accept)
         if traced.jumps and jax.tree.leaves(c.cache):
             c = _refresh(refresh, consts, c, accept)
+        elif traced.jumps:
+            c = c._replace(restarts=c.restarts + restarted.astype(jnp.int32))
         return attempts + 1, c
 
     begin = first(traced, consts, start, batch, max_steps, keep)
@@ -166,7 +171,7 @@ def _refresh(refresh, consts: list[Array], c: Moving, accept: Array) -> Moving:
         lambda: choose(jumped, refresh(consts, c.tprev, c.y, c.state), c.cache),
         lambda: c.cache,
     )
-    return c._replace(cache=cache, refreshed=c.refreshed + jumped.astype(jnp.int32))
+    return c._replace(cache=cache, restarts=c.restarts + jumped.astype(jnp.int32))
 
 
 def _save(traced, consts, start: Start, batch: Batch, c: Moving, step: Step, accept) -> Moving:

@@ -61,8 +61,8 @@ def run(
         judge = judge_for(options["solver"], controller, estimates.scaled)
     traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps, judge)
     out = make(traced, start).solve(start)
-    once, each = traced.stepper.evaluations(start.tprev, start.tnext, start.y, start.state)
-    nfe = once + each * (out.accepted + out.rejected) + out.refreshed
+    cost = traced.stepper.evaluations(start.tprev, start.tnext, start.y, start.state)
+    nfe = cost.start + cost.attempt * (out.accepted + out.rejected) + cost.jump * out.restarts
     final = finish(stepper, saveat, args, t0, t1, init_state, traced, out)
     stats = {"nfe": nfe}
     if estimates is not None and out.judged is not None:

@@ -48,6 +48,19 @@ class Advance(NamedTuple):
     cache: PyTree[Array] = None
 
 
+class Evaluations(NamedTuple):
+    """How often the vector field is evaluated: once per solve, in every attempt, and behind a jump.
+
+    A drift and its diffusion count as one. An implicit stage counts once; what its nonlinear solver
+    evaluates besides is not counted, nor is the first stage that diffrax's own FSAL methods evaluate
+    again where the very first attempt is rejected.
+    """
+
+    start: int
+    attempt: int
+    jump: int = 0
+
+
 class AbstractStepper(eqx.Module):
     """A solver and the terms it is applied to."""
 
@@ -82,12 +95,8 @@ class AbstractStepper(eqx.Module):
         """The state in diffrax's form, for `SaveAt(solver_state=True)`."""
         raise NotImplementedError
 
-    def evaluations(self, t0, t1, y0, state) -> tuple[int, int]:
-        """Vector-field evaluations: once per solve, and per attempted step.
-
-        A drift and its diffusion count as one. An implicit stage counts once; what its nonlinear
-        solver evaluates besides is not counted.
-        """
+    def evaluations(self, t0, t1, y0, state) -> Evaluations:
+        """What a solve costs."""
         raise NotImplementedError
 
 
@@ -144,8 +153,8 @@ class UnrolledStepper(AbstractStepper):
     def evaluations(self, t0, t1, y0, state):
         stages = self.tableau.num_stages
         if not self.whole:
-            return 0, explicit_rk.needed_stages(self.tableau)
-        return (1, stages - 1) if self.carries_last_stage else (0, stages)
+            return Evaluations(0, explicit_rk.needed_stages(self.tableau))
+        return Evaluations(1, stages - 1, 1) if self.carries_last_stage else Evaluations(0, stages)
 
 
 class ReversibleStepper(AbstractStepper):
@@ -184,7 +193,8 @@ class ReversibleStepper(AbstractStepper):
         return self.solver.refresh(self.terms, t, y, State(state, None), self.args)
 
     def evaluations(self, t0, t1, y0, state):
-        return int(self.solver.shared_ends), self.solver.evaluations_per_step
+        ends = int(self.solver.shared_ends)
+        return Evaluations(ends, self.solver.evaluations_per_step, ends)
 
 
 class SolverStepper(AbstractStepper):
@@ -233,24 +243,26 @@ def stepper_for(
     return UnrolledStepper(solver, terms, args, tableau, carries)
 
 
-def _evaluations(solver, terms, args, t0, t1, y0, state) -> tuple[int, int]:
+def _evaluations(solver, terms, args, t0, t1, y0, state) -> Evaluations:
     if isinstance(solver, diffrax.HalfSolver):
-        once, step = _evaluations(solver.solver, terms, args, t0, t1, y0, state)
-        return once, 3 * step
+        start, attempt, jump = _evaluations(solver.solver, terms, args, t0, t1, y0, state)
+        return Evaluations(start, 3 * attempt, 2 * jump)  # two of the three begin at the jump
     # Solvers that loop over their stages say how many there are.
     if isinstance(solver, diffrax.AbstractRungeKutta):
         tableau = solver.tableau
         if isinstance(tableau, diffrax.MultiButcherTableau):
             tableau = tableau.tableaus[0]
-        return (1, tableau.num_stages - 1) if tableau.fsal else (0, tableau.num_stages)
+        stages = tableau.num_stages
+        return Evaluations(1, stages - 1, 1) if tableau.fsal else Evaluations(0, stages)
     if isinstance(solver, diffrax.AbstractSRK):
         skipped = solver.tableau.ignore_stage_f
-        return 0, len(solver.tableau.b_sol) - (0 if skipped is None else int(sum(skipped)))
+        stages = len(solver.tableau.b_sol)
+        return Evaluations(0, stages - (0 if skipped is None else int(sum(skipped))))
     if isinstance(solver, diffrax.ReversibleHeun):
-        return 1, 1  # it evaluates the start of a step again only behind a jump
+        return Evaluations(1, 1, 1)
     once = _calls(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
     step = _calls(lambda terms: solver.step(terms, t0, t1, y0, args, state, False), terms)
-    return once, step
+    return Evaluations(once, step)
 
 
 def _calls(fn, terms: PyTree[diffrax.AbstractTerm]) -> int:
