@@ -28,8 +28,9 @@ class Donors(NamedTuple):
 
     def lend(self, tree: PyTree[Array]) -> PyTree[Array]:
         """Lane-wise arrays, with the donor's in lanes that have no step."""
-        theirs = lambda x: x.at[self.index].get(mode="promise_in_bounds")
-        return choose(self.healthy, tree, jax.tree.map(theirs, tree))
+        own = jnp.arange(self.healthy.shape[0], dtype=self.index.dtype)
+        source = jnp.where(self.healthy, own, self.index)
+        return jax.tree.map(lambda x: x.at[source].get(mode="promise_in_bounds"), tree)
 
     def lend_const(self, const: Array, has: tuple[bool, ...], batch: Batch) -> Array:
         """A constant on the levels `has`, with the donor's where no lane with a step uses it."""
