@@ -147,7 +147,8 @@ def judge(problem: Problem, end: End) -> Found:
     failure = Failure(problem, end)
     looks = (_unstable, _undefined, _escape, _ahead, _singular)
     counts = (_imprecise, _coarse, _stiffness)
-    rules = (*looks, *counts, _otherwise) if spectrum.knows_rate(problem.terms) else (_otherwise,)
+    known = spectrum.knows_rate(problem.terms, end.t, end.y, problem.args)
+    rules = (*looks, *counts, _otherwise) if known else (_otherwise,)
     for rule in rules:
         found = rule(failure)
         if found is not None:

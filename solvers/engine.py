@@ -233,22 +233,28 @@ def _outputs(
 ) -> tuple[Array, PyTree[Array]]:
     """The rows of one `SubSaveAt`: those of the loop, and those at its two ends."""
     ts, ys, row, at_end = blank.ts, blank.ys, int(sub.t0), bool(sub.t1)
+
+    def output(t, y):
+        """What is saved of a state; nothing depends on it where the solve failed."""
+        held = lambda x: jnp.where(out.result == 0, x, jax.lax.stop_gradient(x))
+        return jax.tree.map(held, sub.fn(t, y, args))
+
     if inner is not None:
         save, ts, ys, index = inner
         ts = jnp.where(jnp.isinf(ts), blank.ts, ts)
         row = save.row(index, out.accepted)
         if save.times:
             rows = slice(save.offset, save.offset + save.times)
-            fill = lambda ts, ys: _write(ts, ys, rows, t0, sub.fn(t0, out.y, args))
+            fill = lambda ts, ys: _write(ts, ys, rows, t0, output(t0, out.y))
             ts, ys = jax.lax.cond(t0 == t1, fill, lambda ts, ys: (ts, ys), ts, ys)
             row = jnp.where(t0 == t1, rows.stop, row)
         if save.every:
             there = (out.accepted > 0) & (out.accepted % save.every == 0)
             row, at_end = jnp.where(there, save.rows, row), at_end and save.every > 1
     if sub.t0:
-        ts, ys = _write(ts, ys, 0, t0, sub.fn(t0, y0, args))
+        ts, ys = _write(ts, ys, 0, t0, output(t0, y0))
     if at_end:
-        ts, ys = _write(ts, ys, row, out.tprev, sub.fn(out.tprev, out.y, args))
+        ts, ys = _write(ts, ys, row, out.tprev, output(out.tprev, out.y))
     return ts, ys
 
 

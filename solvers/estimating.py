@@ -65,6 +65,11 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
         return self.solver.interpolation_cls
 
     @property
+    def root_finder(self):
+        """Of an implicit solver: diffrax gives it the tolerances of the controller."""
+        return self.solver.root_finder  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
     def term_compatible_contr_kwargs(self):
         return self.solver.term_compatible_contr_kwargs
 

@@ -4,8 +4,8 @@ A `BrownianInterval` answers cheaply when it is asked next to where it was asked
 once per step, forwards and then backwards, so they carry its memory, draw the increment themselves, and
 hand the solver a path that already knows it. Only the cost depends on the memory, never the result.
 
-A solver that asks more than once in a step (as `HalfSolver` does) asks about parts of the step; then
-the path is left to answer by itself.
+A solver that asks more than once in a step (as `HalfSolver` does), or about other times than the step's
+(as `LeapfrogMidpoint` does), or from inside a loop, is not told: then the path answers by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,9 +52,11 @@ class Noise(eqx.Module):
     def round_end(self, t0: Array, t1: Array) -> Array:
         """The end of a proposed step, moved to where every path finds it quickly."""
         for path, a, b in self._queries(t0, t1):
-            forward = b == t1  # else time runs backwards, and the path sees the step from its end
+            forward = (a == t0) & (b == t1)
+            backward = (a == -t0) & (b == -t1)  # the path sees the step from its end
             end = path.round_down(jnp.where(forward, a, b), jnp.where(forward, b, a))
-            t1 = jnp.where(forward, end, -end)
+            # A path with a time of its own is asked where it happens to be.
+            t1 = jnp.where(forward, end, jnp.where(backward, -end, t1))
         return t1
 
     def known(self, increments: PyTree[Array]) -> Terms:
@@ -64,11 +66,8 @@ class Noise(eqx.Module):
 
     def _queries(self, t0: Array, t1: Array) -> list[tuple[BrownianInterval, Array, Array]]:
         """The paths with the times at which the terms ask them over a step."""
-        heard: list[Any] = []
-        listening = _replaced(self.terms, [_listening(p, heard) for p in _paths(self.terms)])
-        for term in jax.tree.leaves(listening, is_leaf=_is_single_term):
-            term.contr(t0, t1)
-        return [(path, a, b) for path, (a, b, _) in zip(_paths(self.terms), heard, strict=True)]
+        asked = _asked(self.terms, lambda terms: _controls(terms, t0, t1))
+        return [(path, a, b) for path, [(a, b, _)] in zip(_paths(self.terms), asked, strict=True)]
 
 
 def with_terms(stepper: Any, terms: Terms) -> Any:
@@ -77,21 +76,48 @@ def with_terms(stepper: Any, terms: Terms) -> Any:
 
 
 def noise_of(stepper: Any, t0: Array, t1: Array, y: PyTree, state: PyTree) -> Noise | None:
-    """The paths to remember for, if there are any and the solver asks each once per step."""
-    paths = _paths(stepper.terms)
-    if not paths:
+    """The paths to remember for, if there are any and the solver asks each once, about the whole step."""
+    if not _paths(stepper.terms):
         return None
-    heard: list[list[Any]] = [[] for _ in paths]
-    listening = [_listening(path, times) for path, times in zip(paths, heard, strict=True)]
-    listener = with_terms(stepper, _replaced(stepper.terms, listening))
+    use_levy: list[bool] = []
+
+    def times(t0, t1, y, state, cache):
+        """The times that the solver asks about, and those of the whole step."""
+        attempt = lambda terms: with_terms(stepper, terms).attempt(t0, t1, y, state, cache, False)
+        by_solver = _asked(stepper.terms, attempt)
+        by_terms = _asked(stepper.terms, lambda terms: _controls(terms, t0, t1))
+        if any(len(heard) != 1 for heard in by_solver + by_terms):
+            return None
+        use_levy.extend(levy for [(_, _, levy)] in by_solver)
+        return [[(a, b) for [(a, b, _)] in asked] for asked in (by_solver, by_terms)]
+
     cache = jax.eval_shape(stepper.cache, t0, y, state)
-    jax.eval_shape(
-        lambda t0, t1, y, state, cache: listener.attempt(t0, t1, y, state, cache, False)[:2],
-        t0, t1, y, state, cache,
-    )  # fmt: skip
-    if any(len(asked) != 1 for asked in heard):
+    try:
+        jaxpr, out = jax.make_jaxpr(times, return_shape=True)(t0, t1, y, state, cache)
+    except jax.errors.UnexpectedTracerError:  # asked in the body of a loop
         return None
-    return Noise(stepper.terms, tuple(asked[0][2] for asked in heard))
+    if out is None or not _halves_agree(jaxpr.jaxpr):
+        return None
+    return Noise(stepper.terms, tuple(use_levy))
+
+
+def _halves_agree(jaxpr: Any) -> bool:
+    """Whether the first half of the outputs are the same computations as the second."""
+    is_literal = lambda x: hasattr(x, "val")
+    needed, eqns = {x for x in jaxpr.outvars if not is_literal(x)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            eqns.append(eqn)
+            needed.update(x for x in eqn.invars if not is_literal(x))
+    number: dict[Any, int] = {}  # the same for variables that hold the same
+    name = lambda x: number.setdefault(("literal", str(x)) if is_literal(x) else x, len(number))
+    for eqn in reversed(eqns):
+        made = (eqn.primitive, str(eqn.params), *map(name, eqn.invars))
+        for i, x in enumerate(eqn.outvars):
+            number[x] = number.setdefault((*made, i), len(number))
+    outputs = [name(x) for x in jaxpr.outvars]
+    half = len(outputs) // 2
+    return outputs[:half] == outputs[half:]
 
 
 class _StandIn(diffrax.AbstractBrownianPath):
@@ -107,6 +133,19 @@ class _StandIn(diffrax.AbstractBrownianPath):
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
         return self.answer(t0, t1, use_levy)
+
+
+def _asked(terms: Terms, use: Callable[[Terms], Any]) -> list[list[tuple[Any, Any, bool]]]:
+    """What each path is asked while `use` runs on the terms: (t0, t1, use_levy)."""
+    paths = _paths(terms)
+    heard: list[list[Any]] = [[] for _ in paths]
+    use(_replaced(terms, list(map(_listening, paths, heard))))
+    return heard
+
+
+def _controls(terms: Terms, t0: Array, t1: Array) -> list[Any]:
+    """The control of every term over a step."""
+    return [term.contr(t0, t1) for term in jax.tree.leaves(terms, is_leaf=_is_single_term)]
 
 
 def _listening(path: BrownianInterval, heard: list[Any]) -> _StandIn:

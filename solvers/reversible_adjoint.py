@@ -154,10 +154,11 @@ def certificate(
     """Drift and split of a solve, by un-stepping it from its end (or from every stored state)."""
     solver, tape, steps = rehearsed.solver, cast(tapes.Tape, out.tape), out.accepted
     retreat = batch.per_lane(rehearsed.retreat)
+    zero = jnp.zeros_like(mismatch((out.y, out.state), (out.y, out.state)))
 
     def gap(y: PyTree[Array], state: PyTree[Array]) -> Array:
         if not solver.twins:
-            return jnp.zeros(steps.shape, start.tprev.dtype)
+            return zero
         y, z = solver.members(y, state)
         return mismatch(z, y)
 
@@ -177,7 +178,6 @@ def certificate(
         split = jnp.where(here, jnp.maximum(split, gap(*stored)), split)
         return choose(here, stored, (y, state)), drift, split, memory
 
-    zero = jnp.zeros(steps.shape, start.tprev.dtype)
     memory, draw = traced.memory_of(consts, batch, start.tprev), traced.drawing(consts, batch)
     first = ((out.y, out.state), zero, gap(out.y, out.state), memory)
     _, drift, split, _ = jax.lax.fori_loop(0, jnp.max(steps), undo, first)

@@ -71,9 +71,17 @@ def parts(terms: PyTree[diffrax.AbstractTerm]) -> Iterator[diffrax.AbstractTerm]
             yield term
 
 
-def knows_rate(terms: PyTree[diffrax.AbstractTerm]) -> bool:
+def knows_rate(
+    terms: PyTree[diffrax.AbstractTerm], t: Array, y: PyTree[Array], args: Any
+) -> bool:
     """Whether the rate of change, without noise, can be evaluated."""
-    return all(isinstance(x, diffrax.ODETerm | diffrax.ControlTerm) for x in parts(terms))
+    if not all(isinstance(x, diffrax.ODETerm | diffrax.ControlTerm) for x in parts(terms)):
+        return False
+    try:
+        eqx.filter_eval_shape(rate, terms, t, y, args)
+    except Exception:  # a control without derivative fails in a way of its own
+        return False
+    return True
 
 
 def rate(

@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import explicit_rk, heuristics
 from nde.solvers.coupling import Step
+from nde.solvers.estimating import WithEstimates
 from nde.solvers.reversible import AbstractReversibleSolver, State
 
 
@@ -243,23 +244,36 @@ def stepper_for(
     return UnrolledStepper(solver, terms, args, tableau, carries)
 
 
+# Solvers that evaluate anew behind a jump, or something else than the vector field of a term.
+_KNOWN = {
+    diffrax.ReversibleHeun: Evaluations(1, 1, 1),
+    diffrax.ALIGN: Evaluations(1, 1),
+    diffrax.ShOULD: Evaluations(1, 2),
+    diffrax.QUICSORT: Evaluations(0, 2),
+}
+
+
 def _evaluations(solver, terms, args, t0, t1, y0, state) -> Evaluations:
-    if isinstance(solver, diffrax.HalfSolver):
+    if issubclass(type(solver), diffrax.HalfSolver):
         start, attempt, jump = _evaluations(solver.solver, terms, args, t0, t1, y0, state)
         return Evaluations(start, 3 * attempt, 2 * jump)  # two of the three begin at the jump
+    if issubclass(type(solver), WithEstimates):
+        return _evaluations(solver.solver, terms, args, t0, t1, y0, state.solver_state)
     # Solvers that loop over their stages say how many there are.
-    if isinstance(solver, diffrax.AbstractRungeKutta):
+    wrapped = isinstance(solver, diffrax.AbstractWrappedSolver)  # and an instance of what it wraps
+    if isinstance(solver, diffrax.AbstractRungeKutta) and not wrapped:
         tableau = solver.tableau
         if isinstance(tableau, diffrax.MultiButcherTableau):
             tableau = tableau.tableaus[0]
         stages = tableau.num_stages
         return Evaluations(1, stages - 1, 1) if tableau.fsal else Evaluations(0, stages)
-    if isinstance(solver, diffrax.AbstractSRK):
+    if isinstance(solver, diffrax.AbstractSRK) and not wrapped:
         skipped = solver.tableau.ignore_stage_f
         stages = len(solver.tableau.b_sol)
         return Evaluations(0, stages - (0 if skipped is None else int(sum(skipped))))
-    if isinstance(solver, diffrax.ReversibleHeun):
-        return Evaluations(1, 1, 1)
+    for kind, cost in _KNOWN.items():
+        if isinstance(solver, kind) and not wrapped:
+            return cost
     once = _calls(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
     step = _calls(lambda terms: solver.step(terms, t0, t1, y0, args, state, False), terms)
     return Evaluations(once, step)

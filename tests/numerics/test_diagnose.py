@@ -88,6 +88,12 @@ def test_a_control():
     assert abs(found.t - 1.0) < 0.1
 
 
+def test_a_control_without_derivative_does_not_stop_the_diagnosis():
+    term = dfx.ControlTerm(lambda t, y, args: (y**3)[:, None], lambda t0, t1: (t1 - t0)[None])
+    found = diagnose(term, dfx.Heun(), 0.0, 2.0, 0.01, Y0)
+    assert found.cause == "unknown" and 0.5 < found.t < 0.6
+
+
 @pytest.mark.parametrize("where", ["drift", "diffusion"])
 def test_noise(where):
     fine = lambda t, y, args: 0.1 * y

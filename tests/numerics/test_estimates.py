@@ -153,6 +153,24 @@ def test_equal_those_of_the_wrapped_solver():
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("solver", [dfx.Tsit5(), dfx.Kvaerno3(), dfx.HalfSolver(dfx.Heun())])
+def test_any_solver_may_be_wrapped_with_any_adjoint(solver):
+    def run(solver, adjoint):
+        return dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -(y**3)), solver, 0.0, 1.0, 0.05, jnp.ones(2),
+            saveat=dfx.SaveAt(t1=True, solver_state=True), adjoint=adjoint, max_steps=256,
+            stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-6),
+        )  # fmt: skip
+
+    ours = run(WithEstimates(solver), DiscreteAdjoint())
+    theirs = run(WithEstimates(solver), dfx.RecursiveCheckpointAdjoint())
+    name = "error_estimate"
+    np.testing.assert_allclose(
+        ours.solver_state.estimates[name], theirs.solver_state.estimates[name], rtol=1e-8
+    )
+    assert ours.stats["nfe"] == run(solver, DiscreteAdjoint()).stats["nfe"]
+
+
 def test_an_entry_without_a_unit_counts_as_no_error():
     """`atol=0`, and an entry that stays at zero: the mean is over one more entry, that is all."""
 

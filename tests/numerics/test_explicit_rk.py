@@ -215,6 +215,23 @@ def test_nfe_of_stochastic_solvers_counts_the_drift(name):
     assert nfe == calls
 
 
+@pytest.mark.parametrize("solver", [dfx.ALIGN(0.05), dfx.ShOULD(0.05), dfx.QUICSORT(0.05)])
+def test_langevin_solvers(solver):
+    path = dfx.UnsafeBrownianPath((2,), jax.random.key(1), dfx.SpaceTimeTimeLevyArea)
+    counter = Counter(lambda x, y, args: 2 * x)
+
+    @jax.jit
+    def run(y0):
+        drift = dfx.UnderdampedLangevinDriftTerm(0.5, 1.0, lambda x, args: counter(x, x, args))
+        terms = dfx.MultiTerm(drift, dfx.UnderdampedLangevinDiffusionTerm(0.5, 1.0, path))
+        return dfx.diffeqsolve(terms, solver, 0.0, 1.0, 0.25, y0, adjoint=OURS, max_steps=8).stats[
+            "nfe"
+        ]
+
+    nfe, calls = counter.during(run, (jnp.ones(2), jnp.zeros(2)))
+    assert nfe == calls
+
+
 def test_evaluations_of_a_gradient():
     """Tsit5 with constant steps: 6 n forward, 6 n backward, no replay. With `ts` the last stage takes
     part: it is handed over, which is one more to begin with in either direction."""

@@ -179,6 +179,25 @@ def test_a_lane_of_length_zero(lanes):
     np.testing.assert_array_equal(grads[0]["w"], want_grads[0]["w"])
 
 
+def test_what_is_saved_of_a_failed_solve_carries_no_gradient():
+    """Also at the ends of the solve, where `fn` is applied outside the loop."""
+    saveat = dfx.SaveAt(t0=True, t1=True, fn=lambda t, y, args: y * args)
+
+    def loss(rate, y0):
+        blow_up = lambda t, y, args: y**2
+        sol = solve(
+            y0, rate, vector_field=blow_up, saveat=saveat, max_steps=32, throw=False,
+            adjoint=DiscreteAdjoint(),
+        )  # fmt: skip
+        return jnp.sum(sol.ys), sol.result == dfx.RESULTS.successful
+
+    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    grads, healthy = jax.vmap(gradient, in_axes=(None, 0))(jnp.array(2.0), jnp.array([0.5, 2.0]))
+    np.testing.assert_array_equal(healthy, [True, False])
+    for of_lane in grads:
+        assert of_lane[0] != 0 and of_lane[1] == 0
+
+
 def test_every_lane_may_fail(lanes):
     _, run = lanes
     ones = np.ones(LANES, run.dtype)

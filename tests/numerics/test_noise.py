@@ -1,6 +1,7 @@
 """Paths that remember: the loops carry their memory, and nothing but the cost depends on it."""
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -90,6 +91,86 @@ def test_a_solver_that_asks_about_parts_of_a_step_is_left_alone():
 
     assert heard(dfx.HalfSolver(dfx.Heun())) is None
     assert heard(dfx.Heun()).use_levy == (False,)
+
+
+class Substeps(dfx.AbstractItoSolver):
+    """Four Euler steps in one: the query is traced once, and made four times."""
+
+    term_structure = dfx.AbstractTerm
+    interpolation_cls = dfx.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 1
+
+    def strong_order(self, terms):
+        return 0.5
+
+    def init(self, terms, t0, t1, y0, args):
+        return None
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        h = (t1 - t0) / 4
+
+        def euler(i, y):
+            t = t0 + i * h
+            return y + terms.vf_prod(t, y, args, terms.contr(t, t + h))
+
+        y1 = jax.lax.fori_loop(0, 4, euler, y0)
+        return y1, None, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
+
+
+class Later(dfx.AbstractPath):
+    """A path with a time of its own."""
+
+    path: dfx.AbstractPath
+    by: float
+    t0 = None
+    t1 = None
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        return self.path.evaluate(t0 - self.by, t1 - self.by)
+
+
+class Read(eqx.Module):
+    """A random ODE: the field reads the path."""
+
+    path: dfx.AbstractPath
+
+    def __call__(self, t, y, args):
+        return self.path.evaluate(t) - y
+
+
+def control(path):
+    sigma = lambda t, y, args: lx.DiagonalLinearOperator(0.2 * jnp.cos(y))
+    return dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: -y), dfx.ControlTerm(sigma, path))
+
+
+PATH = BrownianInterval(0.0, 1.0, (2,), jax.random.key(0))
+ODD = {
+    "over two steps": (control(PATH), dfx.LeapfrogMidpoint(), 0.0, dfx.ConstantStepSize()),
+    "in a loop": (control(PATH), Substeps(), 0.0, dfx.ConstantStepSize()),
+    "shifted": (control(Later(PATH, 1.0)), dfx.Heun(), 1.0, ADAPTIVE),
+    "in the field": (dfx.ODETerm(Read(PATH)), dfx.Euler(), 0.0, dfx.ConstantStepSize()),
+    "in every stage": (dfx.ODETerm(Read(PATH)), dfx.Heun(), 0.0, dfx.ConstantStepSize()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*not marked as converging.*")
+@pytest.mark.parametrize("name", ODD)
+def test_a_path_that_is_asked_in_another_way_answers_as_it_does_to_diffrax(name):
+    terms, solver, t0, controller = ODD[name]
+
+    def run(adjoint):
+        return dfx.diffeqsolve(
+            terms, solver, t0, t0 + 1, 1 / 8, Y0, adjoint=adjoint, max_steps=64,
+            stepsize_controller=controller,
+        ).ys  # fmt: skip
+
+    want = run(dfx.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(run(DiscreteAdjoint()), want, rtol=1e-12)
 
 
 def test_batched_lanes_see_their_own_paths():
