@@ -14,7 +14,7 @@ try:
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
 except ImportError as error:
-    raise ImportError("`nde.plot` needs matplotlib: pip install 'nde[plot]'.") from error
+    raise ImportError("`nde.plot` needs matplotlib: python -m pip install matplotlib.") from error
 
 __all__ = ["loss", "phase", "trajectories"]
 
@@ -64,27 +64,46 @@ def trajectories(
 
     Args:
         ts: Times, shape (times,).
-        ys: States, shape (times, channels) or (times,).
+        ys: States of one trajectory, shape (times, channels) or (times,).
         observed: Times and values of the observations, shapes (n,) and (n, channels) or (n,); NaN
             is left out.
         ax: Where to draw.
         labels: Name of each channel, for the legend.
         style: Passed to `Axes.plot` for the lines.
+
+    Raises:
+        ValueError: for shapes that do not fit, such as those of a batch.
     """
+    ts, ys = _series("ys", ts, ys)
+    channels = ys.shape[1]
+    seen = None if observed is None else _series("observed", *observed)
+    if seen is not None and seen[1].shape[1] != channels:
+        raise ValueError(f"`observed` has {seen[1].shape[1]} channels but `ys` has {channels}.")
+    if labels is not None and len(labels) != channels:
+        raise ValueError(f"`labels` has {len(labels)} names but `ys` has {channels} channels.")
     ax = _axis(ax)
-    ys = np.asarray(ys).reshape(len(np.asarray(ts)), -1)
-    for channel in range(ys.shape[1]):
+    for channel in range(channels):
         if labels is not None:
             style["label"] = labels[channel]
-        (line,) = ax.plot(np.asarray(ts), ys[:, channel], **style)
-        if observed is not None:
-            times, values = np.asarray(observed[0]), np.asarray(observed[1])
-            values = values.reshape(times.size, -1)[:, channel]
+        (line,) = ax.plot(ts, ys[:, channel], **style)
+        if seen is not None:
+            times, values = seen[0], seen[1][:, channel]
             ax.plot(
                 times, values, "o", color=line.get_color(), markersize=4, markeredgecolor="white"
             )
     ax.set(xlabel="t")
     return ax
+
+
+def _series(name: str, ts: ArrayLike, ys: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Times of shape (times,) and values of shape (times, channels)."""
+    ts, ys = np.asarray(ts), np.asarray(ys)
+    if ts.ndim != 1 or ys.ndim not in (1, 2) or ys.shape[0] != ts.shape[0]:
+        raise ValueError(
+            f"`{name}` has times of shape {ts.shape} and values of shape {ys.shape}; one trajectory is "
+            "(times,) and (times, channels) or (times,). Draw a batch one by one, on the same axis."
+        )
+    return ts, ys.reshape(ts.size, -1)
 
 
 def phase(

@@ -176,8 +176,9 @@ def _check_numbers(ts: np.ndarray, ys: np.ndarray) -> None:
         at = int(np.flatnonzero(np.diff(ts) <= 0)[0])
         what = "repeats a time" if ts[at] == ts[at + 1] else "is not in order"
         raise ValueError(
-            f"`ts` {what}: ts[{at}]={ts[at]}, ts[{at + 1}]={ts[at + 1]}. Sort the series and merge "
-            "what was observed at one time; for padding, pass `length`."
+            f"`ts` {what}: ts[{at}]={ts[at]}, ts[{at + 1}]={ts[at + 1]} in {ts.dtype}. Sort the series "
+            "and merge what was observed at one time; for padding, pass `length`. Times far from zero "
+            "(seconds since 1970) need an offset subtracted, or float64, to stay apart."
         )
     if np.isinf(ys).any():
         at = tuple(map(int, np.argwhere(np.isinf(ys))[0]))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import equinox as eqx
-import jax.core
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
@@ -22,14 +22,15 @@ class Stream(eqx.Module):
     before there is one.
 
     Args:
-        t: Time of the first observation, shape ().
+        t: Time of the first observation, shape (). The stream keeps the higher precision of `t` and
+            `x`, as the interpolations do.
         x: Its values, shape (channels,); NaN is a missing value.
         interpolation: `nde.paths.rectilinear` or `nde.paths.linear`.
         time, counts: As in the interpolation.
 
     Raises:
-        ValueError: for shapes that do not fit, an interpolation that looks ahead, a time that is not
-            after the last one.
+        ValueError: for shapes that do not fit, infinite values, an interpolation that looks ahead, a
+            time that is not after the last one.
 
     Example:
         >>> stream = nde.paths.Stream(t, x)
@@ -65,6 +66,8 @@ class Stream(eqx.Module):
                 f"`x` has shape {x.shape} and dtype {x.dtype}; one observation is floating, of "
                 "shape (channels,)."
             )
+        with jax.numpy_dtype_promotion("standard"):
+            x = _finite(x.astype(jnp.result_type(t, x)))
         observed = ~jnp.isnan(x)
         self.t = jnp.asarray(t, dtype=x.dtype)
         self.values = jnp.where(observed, x, 0)
@@ -87,6 +90,7 @@ class Stream(eqx.Module):
                 f"`x` has shape {x.shape} but the stream has shape {self.values.shape}; give every "
                 "channel, with NaN where it is missing."
             )
+        x = _finite(x)
         later = self._moved(_checked(self.t, t), x, ~jnp.isnan(x))
         ts, rows = jnp.stack([self.t, later.t]), jnp.stack([self._rows(), later._rows()])
         if self.interpolation is rectilinear:
@@ -102,6 +106,15 @@ class Stream(eqx.Module):
             self,
             (t, jnp.where(observed, x, self.values), self.seen + observed.astype(x.dtype)),
         )
+
+
+def _finite(x: Array) -> Array:
+    """`x`, if nothing in it is infinite."""
+    if isinstance(x, jax.core.Tracer):
+        return eqx.error_if(x, jnp.isinf(x), "`x` must be finite; a missing value is NaN.")
+    if jnp.isinf(x).any():
+        raise ValueError(f"`x` is {x}; values must be finite, a missing value is NaN.")
+    return x
 
 
 def _checked(last: Array, t: Array) -> Array:

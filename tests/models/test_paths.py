@@ -211,6 +211,17 @@ def test_a_stream_gives_the_pieces_of_the_causal_path(interpolation):
         assert piece.causal
 
 
+@pytest.mark.parametrize("interpolation", [paths.linear, paths.rectilinear])
+def test_a_stream_keeps_the_precision_of_its_times(interpolation):
+    ts, ys = 1e6 + jnp.asarray(TIMES), jnp.asarray(VALUES, dtype=jnp.float32)
+    whole = CAUSAL[interpolation.__name__](ts, ys)
+    stream = paths.Stream(ts[0], ys[0], interpolation=interpolation)
+    for t, y in zip(ts[1:], ys[1:], strict=True):
+        stream, piece = stream.append(t, y)
+        assert piece.t1 == t
+        np.testing.assert_array_equal(piece.evaluate(t), whole.evaluate(t))
+
+
 def test_series_of_unequal_length_are_padded_with_their_last_row():
     batch = paths.pad_series([(TIMES, GAPS), (TIMES[:5], GAPS[:5]), (TIMES[2:4], VALUES[2:4])])
     assert batch.ts.shape == (3, 12) and batch.ys.shape == (3, 12, 3)
@@ -320,3 +331,7 @@ def test_a_stream_refuses_the_past_and_other_channels():
         stream.append(jnp.asarray(2.0), jnp.ones(3))
     with pytest.raises(ValueError, match=r"of shape \(channels,\)"):
         paths.Stream(jnp.asarray(1.0), jnp.asarray(1.0))
+    with pytest.raises(ValueError, match="a missing value is NaN"):
+        stream.append(jnp.asarray(2.0), jnp.asarray([0.0, jnp.inf]))
+    with pytest.raises(RuntimeError, match="a missing value is NaN"):
+        jax.jit(lambda x: stream.append(2.0, x)[0].values)(jnp.asarray([0.0, jnp.inf]))

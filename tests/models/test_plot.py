@@ -46,6 +46,21 @@ def test_trajectories_pair_lines_and_observations_by_color(ax):
         assert (line.get_label(), line.get_linewidth()) == (label, 3)
 
 
+def test_trajectories_refuse_what_is_not_one_trajectory(ax):
+    ts = np.arange(4.0)
+    with pytest.raises(ValueError, match=r"`ys` has .* \(3, 4, 2\); one trajectory is"):
+        plot.trajectories(ts, np.zeros((3, 4, 2)), ax=ax)
+    with pytest.raises(ValueError, match=r"values of shape \(2, 4\)"):
+        plot.trajectories(ts, np.zeros((2, 4)), ax=ax)
+    with pytest.raises(ValueError, match=r"`observed` has times of shape \(4,\)"):
+        plot.trajectories(ts, np.zeros((4, 2)), (ts, np.zeros((2, 4))), ax)
+    with pytest.raises(ValueError, match="`observed` has 1 channels but `ys` has 2"):
+        plot.trajectories(ts, np.zeros((4, 2)), (ts, ts), ax)
+    with pytest.raises(ValueError, match="`labels` has 1 names but `ys` has 2"):
+        plot.trajectories(ts, np.zeros((4, 2)), ax=ax, labels=["hare"])
+    assert not ax.lines
+
+
 def test_phase_shows_the_field_and_where_trajectories_start(ax):
     seen = []
 
