@@ -32,11 +32,13 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
 
     Use it as `diffrax.diffeqsolve(..., adjoint=DiscreteAdjoint())`. Any diffrax solver, controller and
     `SaveAt` works, under `jax.jit`, `jax.vmap`, `jax.grad` and each other's composition. A solve with an
-    `event`, `SaveAt(dense=True)` or a progress meter is handed to diffrax's own default adjoint.
+    `event`, `SaveAt(dense=True)` or a progress meter is handed to diffrax's own default adjoint. Not
+    supported: a vector field with a collective over the lanes (`jax.lax.pmean` and `vmap(axis_name=...)`).
 
     `t0`, `t1`, `dt0`, `ts` and the step size controller carry no gradient; asking for one is an error.
     A trajectory that failed (`sol.result`) has gradient zero, and does not disturb the others.
-    `sol.stats` also holds `nfe`, the number of vector-field evaluations of the trajectory.
+    `sol.stats` also holds `nfe`, the number of vector-field evaluations of the trajectory, unless the
+    solve is handed over.
 
     Args:
         checkpoints: How many states to keep; steps beyond that are replayed once in the backward pass.
