@@ -71,9 +71,7 @@ def parts(terms: PyTree[diffrax.AbstractTerm]) -> Iterator[diffrax.AbstractTerm]
             yield term
 
 
-def knows_rate(
-    terms: PyTree[diffrax.AbstractTerm], t: Array, y: PyTree[Array], args: Any
-) -> bool:
+def knows_rate(terms: PyTree[diffrax.AbstractTerm], t: Array, y: PyTree[Array], args: Any) -> bool:
     """Whether the rate of change, without noise, can be evaluated."""
     if not all(isinstance(x, diffrax.ODETerm | diffrax.ControlTerm) for x in parts(terms)):
         return False
