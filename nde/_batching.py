@@ -7,6 +7,7 @@ would be neither. The permutation depends on the key and the epoch alone, so tha
 anywhere.
 """
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -43,14 +44,13 @@ class ArrayBatches:
 
     def __init__(self, data: PyTree, batch_size: int | None, key: PRNGKeyArray):
         self.size = _check_examples(data)
-        if batch_size is not None and not (
-            isinstance(batch_size, int) and 1 <= batch_size <= self.size
-        ):
-            raise ValueError(
-                f"`batch_size` is {batch_size} but the data has {self.size} examples; give an "
-                "integer from 1 "
-                f"to {self.size}, or None for all of them at every step."
-            )
+        if batch_size is not None:
+            batch_size, given = as_integer(batch_size), batch_size
+            if batch_size is None or not 1 <= batch_size <= self.size:
+                raise ValueError(
+                    f"`batch_size` is {given!r} but the data has {self.size} examples; give an "
+                    f"integer from 1 to {self.size}, or None for all of them at every step."
+                )
         self.data = jax.tree.map(jnp.asarray, data)
         self.batch_size, self.key = batch_size, key
         self.batches = 1 if batch_size is None else -(-self.size // batch_size)
@@ -93,7 +93,7 @@ class IteratorBatches:
     """Batches that the user makes: the first one sets the shape, a shorter one is filled up."""
 
     def __init__(self, batches: Iterator):
-        self.iterator, self.size, self.taken = batches, None, 0
+        self.iterator, self.size, self.arrays, self.taken = batches, None, None, 0
 
     def payload(self, step: int) -> PyTree[Array]:
         """The next batch, filled up to the size of the first, and its mask."""
@@ -102,8 +102,7 @@ class IteratorBatches:
         except StopIteration:
             raise ValueError(
                 f"`data` is an iterator that ended after {self.taken} batches, before the last "
-                "step; "
-                "lower `steps`, or let it start again (itertools.cycle)."
+                "step; lower `steps`, or let it start again (itertools.cycle)."
             ) from None
         self.taken += 1
         length = _check_examples(data)
@@ -113,10 +112,17 @@ class IteratorBatches:
                 f"`data` gave a batch of {length} examples after a first one of {self.size}; "
                 "no batch may be longer than the first."
             )
-        rows = np.arange(self.size) % length
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data), np.arange(
-            self.size
-        ) < length
+        number = np.arange(self.size)
+        # Indexed before jax sees them: jax reads NumPy memory later, and the iterator may refill it.
+        data = jax.tree.map(lambda leaf: jnp.asarray(leaf[number % length]), data)
+        arrays = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", data)
+        self.arrays = arrays if self.arrays is None else self.arrays
+        if jax.tree.flatten(arrays) != jax.tree.flatten(self.arrays):
+            raise ValueError(
+                f"`data` gave a batch of {arrays} after a first one of {self.arrays}; every batch "
+                "has the same arrays. Pad series to one length: nde.paths.pad_series."
+            )
+        return data, number < length
 
     def assemble(self, payload: PyTree[Array]) -> tuple[PyTree[Array], Bool[Array, " batch"]]:
         """Data and mask of one batch."""
@@ -141,6 +147,14 @@ def make_batches(
     return IteratorBatches(data)
 
 
+def as_integer(value: Any) -> int | None:
+    """`value` as an int, be it of NumPy or JAX; None where it is no integer, such as True."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def _check_examples(data: PyTree) -> int:
     """Number of examples: the common length of the leading axes."""
     leaves = jtu.tree_leaves_with_path(data)
@@ -152,9 +166,9 @@ def _check_examples(data: PyTree) -> int:
         if not eqx.is_array(leaf) or leaf.ndim == 0:
             raise ValueError(
                 f"`data{jtu.keystr(path)}` is {leaf!r}; every leaf is an array with a leading "
-                "example axis "
-                "(one series alone: series[None])."
+                "example axis (one series alone: series[None])."
             )
+        _check_numbers(f"data{jtu.keystr(path)}", leaf)
     lengths = {f"data{jtu.keystr(path)}": leaf.shape[0] for path, leaf in leaves}
     if len(set(lengths.values())) > 1:
         raise ValueError(
@@ -164,3 +178,21 @@ def _check_examples(data: PyTree) -> int:
     if size == 0:
         raise ValueError(f"`data` has no examples: {lengths}; give at least one.")
     return size
+
+
+def _check_numbers(name: str, leaf: Any) -> None:
+    """Raise if jax cannot hold the array, or would change its integers."""
+    if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (np.number, bool, jax.dtypes.extended)):
+        raise ValueError(
+            f"`{name}` has dtype {leaf.dtype}; give numbers: categories as integers, times as "
+            "floats (days since the first)."
+        )
+    if not jnp.issubdtype(leaf.dtype, np.integer):
+        return
+    kept = jnp.asarray(leaf[:0]).dtype
+    if kept != leaf.dtype and (leaf.astype(kept) != leaf).any():
+        raise ValueError(
+            f"`{name}` has dtype {leaf.dtype} and runs from {leaf.min()} to {leaf.max()}, which does "
+            f"not fit into {kept}; subtract an offset, or allow 64 bits: "
+            'jax.config.update("jax_enable_x64", True).'
+        )

@@ -104,7 +104,11 @@ def strongly_typed(tree: PyTree) -> PyTree:
 
 
 def _norm(tree: PyTree[Array]) -> Float[Array, ""]:
-    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
+    """Euclidean. In units of the largest entry: below 1e-19, squares underflow in float32."""
+    leaves = jax.tree.leaves(tree)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves]))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    return scale * jnp.sqrt(sum(jnp.sum((leaf / scale) ** 2) for leaf in leaves))
 
 
 def _first_not_finite(value: Float[Array, ""], grads: PyTree, updates: PyTree) -> Int[Array, ""]:
@@ -159,7 +163,14 @@ def _codes(results: Any, mask: Bool[Array, " examples"]) -> Int[Array, " example
 def _leniently(function: Callable, *args: Any) -> Any:
     """Call an optimizer, which need not be written for strict promotion."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return function(*args)
+        try:
+            return function(*args)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"`optim` cannot be used: {error}. It is called as init(params) and update(grads, "
+                "state, params, value=loss), where `params` is the model with None for all that is "
+                "not trained; line searches, such as optax.lbfgs, need more. Use optax.adam(1e-3)."
+            ) from error
 
 
 def _cast(leaf: Array, dtype: Any) -> Array:

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+
+from nde._protocol import check_callable
 
 __all__ = ["growing_horizon", "log_mse", "mse", "trajectory"]
 
@@ -30,7 +33,7 @@ def mse(
         mask: The entries that count: the leading axes of `prediction`, such as (examples, times).
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or the mask is not boolean.
     """
     if prediction.shape != target.shape:
         raise ValueError(
@@ -39,13 +42,7 @@ def mse(
         )
     if mask is None:
         return jnp.mean((prediction - target) ** 2)
-    if mask.shape != target.shape[: mask.ndim]:
-        raise ValueError(
-            f"`mask` has shape {mask.shape} but `target` has shape {target.shape}; "
-            f"a mask has the leading axes, {target.shape[: mask.ndim]}."
-        )
-    mask = jnp.expand_dims(mask, tuple(range(mask.ndim, target.ndim)))
-    mask = jnp.broadcast_to(mask, target.shape)
+    mask = _entries(mask, target)
     error = jnp.where(mask, prediction, 0.0) - jnp.where(mask, target, 0.0)
     return jnp.sum(error**2) / jnp.sum(mask, dtype=error.dtype)
 
@@ -63,8 +60,7 @@ def log_mse(
     """
     if mask is not None:
         prediction, target = (
-            jnp.where(jnp.expand_dims(mask, tuple(range(mask.ndim, values.ndim))), values, 1.0)
-            for values in (prediction, target)
+            jnp.where(_entries(mask, values), values, 1.0) for values in (prediction, target)
         )
     return mse(jnp.log(prediction), jnp.log(target), mask)
 
@@ -114,10 +110,13 @@ def trajectory(
     Args:
         model: An ODE model: `model.solve(ts, y0, throw=False)`.
         batch: An `nde.train.Batch` whose data is `(ts, ys)`, shapes (examples, times) and
-            (examples, times, ...).
+            (examples, times, ...), or `(ts, ys, mask)` where values are missing: True where a value
+            counts, with the leading axes of `ys`. The first row is where the solve starts. A series
+            that repeats its last time has ended there: that is how `nde.paths.pad_series` pads, and
+            the copies do not count.
         key: Of what the regularizer draws.
         error: `error(prediction, target, mask) -> scalar`, with arrays (examples, times - 1, ...)
-            and a mask (examples, times - 1): `mse`, `log_mse`.
+            and a mask (examples, times - 1), of all axes if the data has a mask: `mse`, `log_mse`.
         horizon: `horizon(step) -> fraction` of the series to train on, see `growing_horizon`: any
             optax schedule.
         regularizer: One of `nde.regularizers`, to be added as its mean over the batch.
@@ -128,11 +127,15 @@ def trajectory(
         The loss, and as metrics the fraction of solves that `failed`, the `result` of each, the
         `penalty` of a regularizer and, where the adjoint counts them, `nfe`: the mean number of
         vector-field evaluations.
+
+    Raises:
+        ValueError: for other data, and for a `horizon` that is not a function.
     """
-    ts, ys = batch.data
-    seen = jnp.ones(ts.shape, dtype=bool)
+    ts, ys, observed = _series(batch.data)
     if horizon is not None:
+        check_callable("horizon", horizon, "(step)")
         ts, seen = jax.vmap(growing_horizon, in_axes=(0, None))(ts, horizon(batch.step))
+        observed = observed & _entries(seen, observed)
 
     def solve(ts, y0, key):
         if regularizer is None:
@@ -145,16 +148,55 @@ def trajectory(
     predicted, results, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys)
     failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed
-    mask = seen & counts[:, None]
     metrics: dict[str, Any] = {"failed": _mean(failed, batch.mask), "result": results}
     if "nfe" in stats:
         metrics["nfe"] = _mean(stats["nfe"], batch.mask)
+    mask = observed & _entries(counts, observed)
     loss = error(predicted[:, 1:], ys[:, 1:], mask[:, 1:])
     if regularizer is not None:
         metrics["penalty"] = _mean(penalties, counts)
         weight = coefficient(batch.step) if callable(coefficient) else coefficient
         loss = loss + weight * metrics["penalty"]
     return loss, metrics
+
+
+def _series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]:
+    """Times, values and which of them count."""
+    arrays = isinstance(data, tuple | list) and len(data) in (2, 3) and all(map(eqx.is_array, data))
+    if (
+        not arrays
+        or data[0].ndim != 2
+        or data[0].shape[1] < 2
+        or data[1].shape[:2] != data[0].shape
+    ):
+        raise ValueError(
+            f"`batch.data` is {eqx.tree_pformat(data)}; `trajectory` takes (ts, ys) or (ts, ys, "
+            "mask), of shapes (examples, times) and (examples, times, ...), with two times or more. "
+            "Repeat times that all examples share: jnp.tile(ts, (len(ys), 1)). A list of batches is "
+            "given as iter(batches). For other data write a loss, of model.solve and losses.mse."
+        )
+    ts, ys, *mask = data
+    padded = (ts[:, 1:] == ts[:, :-1]) & (ts[:, 1:] == ts[:, -1:])
+    observed = jnp.pad(~padded, ((0, 0), (1, 0)), constant_values=True)
+    if mask:
+        observed = _entries(observed, ys) & _entries(mask[0], ys)
+    return ts, ys, observed
+
+
+def _entries(mask: Bool[Array, "..."], values: Array) -> Bool[Array, "..."]:
+    """A mask of leading axes as one of the shape of `values`."""
+    if mask.dtype != bool:
+        raise ValueError(
+            f"`mask` has dtype {mask.dtype}; a mask is boolean, True where an entry counts: "
+            "mask > 0. Weights need a loss of their own."
+        )
+    if mask.shape != values.shape[: mask.ndim]:
+        raise ValueError(
+            f"`mask` has shape {mask.shape} but the values have shape {values.shape}; "
+            f"a mask has the leading axes, {values.shape[: mask.ndim]}."
+        )
+    mask = jnp.expand_dims(mask, tuple(range(mask.ndim, values.ndim)))
+    return jnp.broadcast_to(mask, values.shape)
 
 
 def _mean(values: Array, mask: Bool[Array, " examples"]) -> Float[Array, ""]:

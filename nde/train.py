@@ -9,7 +9,9 @@ every few steps.
 """
 
 import functools
+import textwrap
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from nde._batching import ArrayBatches, Batch, IteratorBatches, make_batches
+from nde._batching import ArrayBatches, Batch, IteratorBatches, as_integer, make_batches
 from nde._history import History, Reports
 from nde._protocol import check_key
 from nde._training_step import initial_state, leaf_paths, make_step, reasons, strongly_typed
@@ -39,6 +41,7 @@ FIXED = (
     diffrax.AbstractAdjoint,
     Frozen,
 )
+FIRST_STEP = (jtu.GetAttrKey("dt0"),)  # the field of a model: a number, so no type tells it
 
 
 class NonFiniteError(FloatingPointError):
@@ -71,7 +74,7 @@ def fit(
     """Train a model: any PyTree whose floating arrays are to be learned.
 
     Everything is compiled once. Not trained are the arrays inside solvers, step-size controllers,
-    adjoints and `nde.hybrid.Frozen`.
+    adjoints and `nde.hybrid.Frozen`, and the `dt0` of a model.
 
     Args:
         model: A model, or a tuple or dict of models and arrays (such as a model and its initial
@@ -99,9 +102,9 @@ def fit(
     Raises:
         ValueError: for arguments that do not fit, a loss that is not a floating scalar, a gradient
             that is zero.
-        NonFiniteError: for data that are not finite, and after `max_skips` skipped steps in a row;
-            it holds the last good model.
-        nde.solvers.SolveError: if more than a tenth of the solves of a batch fail.
+        NonFiniteError: for data that are not finite, and after `max_skips` skipped steps in a row.
+        nde.solvers.SolveError: if more than a tenth of the solves of a batch fail. Either error has
+            `.model`, as far as it was trained when the error was seen, and `.history`.
     """
     job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
     params, fixed, static = _split(model, frozen)
@@ -140,14 +143,16 @@ def multi_start(
         The models and their histories, best first, by the mean loss of the last tenth of the steps.
 
     Raises:
-        ValueError, NonFiniteError, nde.solvers.SolveError: as `fit`, if it concerns every start.
+        ValueError, NonFiniteError, nde.solvers.SolveError: as `fit`, if it concerns every start;
+            the arrays in `.model` are those of all starts, stacked.
     """
-    if not isinstance(starts, int) or starts < 1:
-        raise ValueError(f"`starts` is {starts!r}; it must be an integer >= 1.")
+    starts = _count("starts", starts, 1)
     check_key(key)
     model_key, key = jax.random.split(key)
     job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
-    parts = [_split(make_model(k), frozen) for k in jax.random.split(model_key, starts)]
+    made = [make_model(k) for k in jax.random.split(model_key, starts)]
+    _check_alike(made)
+    parts = [_split(model, frozen) for model in made]
     params, fixed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[:2] for part in parts))
     static = parts[0][2]
     params, columns, compile_seconds = _train(job, params, fixed, static, jax.vmap)
@@ -175,9 +180,7 @@ class _Job(NamedTuple):
 def _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key) -> _Job:
     """Check what can be checked before a model is looked at."""
     check_key(key)
-    for name, value, least in (("steps", steps, 0), ("max_skips", max_skips, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"`{name}` is {value!r}; it must be an integer >= {least}.")
+    steps, max_skips = _count("steps", steps, 0), _count("max_skips", max_skips, 1)
     if not isinstance(optim, optax.GradientTransformation):
         raise ValueError(f"`optim` is {optim!r}, not an optimizer; write optax.adam(1e-3).")
     order_key, loss_key = jax.random.split(key)
@@ -189,22 +192,36 @@ def _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key) ->
     )
 
 
+def _count(name: str, value: Any, least: int) -> int:
+    count = as_integer(value)
+    if count is None or count < least:
+        raise ValueError(f"`{name}` is {value!r}; it must be an integer >= {least}.")
+    return count
+
+
 def _split(model: PyTree, frozen: Callable | None) -> tuple[PyTree, PyTree, PyTree]:
     """The trained arrays, the other arrays, and everything that is not an array."""
 
     def is_fixed(node):
         return isinstance(node, FIXED)
 
-    def trains(node):
-        if is_fixed(node):
+    def trains(path, node):
+        if is_fixed(node) or path[-1:] == FIRST_STEP:
             return jax.tree.map(lambda leaf: False, node)
         return eqx.is_array(node) and bool(jnp.issubdtype(node.dtype, jnp.floating))
 
-    mask = jax.tree.map(trains, model, is_leaf=is_fixed)
+    mask = jtu.tree_map_with_path(trains, model, is_leaf=is_fixed)
     if frozen is not None:
-        mask = eqx.tree_at(
-            frozen, mask, replace_fn=lambda node: jax.tree.map(lambda _: False, node)
-        )
+        try:
+            mask = eqx.tree_at(
+                frozen, mask, replace_fn=lambda node: jax.tree.map(lambda _: False, node)
+            )
+        except (TypeError, ValueError) as error:
+            found = textwrap.shorten(eqx.tree_pformat(frozen(model)), 200)
+            raise ValueError(
+                f"`frozen` gave {found}; it gives one or several nodes of the model, none of them "
+                "None or inside another: lambda model: model.vector_field."
+            ) from error
     params, rest = eqx.partition(model, mask)
     if not jax.tree.leaves(params):
         raise ValueError(
@@ -213,6 +230,38 @@ def _split(model: PyTree, frozen: Callable | None) -> tuple[PyTree, PyTree, PyTr
         )
     fixed, static = eqx.partition(rest, eqx.is_array)
     return strongly_typed(params), fixed, static
+
+
+def _check_alike(models: list[PyTree]) -> None:
+    """Raise if starts differ in more than the values of their arrays: they share one step."""
+    advice = "Only the values of arrays may differ: the starts share one compiled step."
+    for number, model in enumerate(models[1:], start=1):
+        try:
+            jax.tree.map(lambda *leaves: None, models[0], model)
+        except ValueError as error:
+            raise ValueError(
+                f"`make_model` made starts 0 and {number} of different structure. {advice} {error}"
+            ) from None
+        pairs = zip(jtu.tree_leaves_with_path(models[0]), jax.tree.leaves(model), strict=True)
+        for (path, first), other in pairs:
+            if _form(first) != _form(other):
+                raise ValueError(
+                    f"`make_model` made starts 0 and {number} with different "
+                    f"`model{jtu.keystr(path)}`: {eqx.tree_pformat(first)} and "
+                    f"{eqx.tree_pformat(other)}. {advice} Make a number an array (jnp.asarray), and "
+                    "a function or an object once, outside `make_model`."
+                )
+
+
+def _form(leaf: Any) -> Any:
+    """What starts have in common of a leaf."""
+    if eqx.is_array(leaf):
+        return leaf.shape, leaf.dtype
+    if isinstance(leaf, types.FunctionType):  # made again, it is the same if it holds nothing new
+        held = [cell.cell_contents for cell in leaf.__closure__ or ()]
+        held += [*(leaf.__defaults__ or ()), *(leaf.__kwdefaults__ or {}).values()]
+        return leaf.__code__, [id(value) for value in held]
+    return leaf
 
 
 def _train(
@@ -245,9 +294,10 @@ def _train(
             if index == 0 or (index + 1) % every == 0 or index + 1 == job.steps:
                 for report in reports.fetch():
                     _check_report(job, *report, params)
-    except NonFiniteError as error:
-        error.model = eqx.combine(state.params, fixed, static)
-        error.history = History(reports.columns(), compile_seconds)
+    except (NonFiniteError, SolveError) as error:
+        model = eqx.combine(state.params, fixed, static)
+        # A `SolveError` of a single solve has neither.
+        vars(error).update(model=model, history=History(reports.columns(), compile_seconds))
         raise
     finally:
         reports.close()
@@ -272,10 +322,8 @@ def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: P
         )
         raise NonFiniteError(
             f"{what} is not finite at step {step}{where}, for {job.max_skips} steps in a row. The "
-            "last good model is in "
-            "`error.model`. Lower the learning rate, clip the gradient "
-            "(optax.clip_by_global_norm), or train on a "
-            "shorter horizon first."
+            "last good model is in `error.model`. Lower the learning rate, clip the gradient "
+            "(optax.clip_by_global_norm), or train on a shorter horizon first."
         )
 
 
@@ -299,7 +347,7 @@ def _check_failed(job: _Job, step: int, record: dict[str, np.ndarray]) -> None:
     )
     raise SolveError(
         f"{failed[best]:.0%} of the solves failed at step {step}, more than {MOST_FAILED:.0%}."
-        f"{found} {advice}",
+        f"{found} The model so far is in `error.model`. {advice}",
         lane=lane,
         advice=advice,
     )
@@ -320,8 +368,7 @@ def _check_finite(data: PyTree) -> None:
             examples = np.flatnonzero(bad)
             raise NonFiniteError(
                 f"`data{jtu.keystr(path)}` is not finite in {examples.size} of {bad.size} "
-                "examples: "
-                f"{examples[:8].tolist()}{' and more' if examples.size > 8 else ''}. Leave them "
-                "out, or fill them in "
-                "and pass a mask as another array of the data."
+                f"examples: {examples[:8].tolist()}{' and more' if examples.size > 8 else ''}. "
+                "Leave them out, or fill them in and pass a mask as another array of the data, for "
+                "the loss to leave them out: (ts, ys, mask) with nde.losses.trajectory."
             )

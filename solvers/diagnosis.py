@@ -48,6 +48,8 @@ class Diagnosis:
 class SolveError(RuntimeError):
     """A solve that failed, with what `diagnose` found; or, in training, too many of them.
 
+    One that `nde.fit` raises also has the `model` as far as it was trained, and the `history`.
+
     Args:
         message: What happened and what to do.
         cause: As in `Diagnosis`, as are `t`, `leaf`, `steps` and `advice`.

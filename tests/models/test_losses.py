@@ -58,13 +58,11 @@ def test_the_horizon_keeps_the_beginning_and_repeats_its_last_time(fraction, las
     np.testing.assert_array_equal(clipped, ts[np.minimum(np.arange(11), last)])
 
 
-def decay():
-    return nde.HybridODE(
-        lambda t, y, p: -p * y,
-        None,
-        0.5,
-        stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-8),
-    )
+TIGHT = diffrax.PIDController(rtol=1e-8, atol=1e-8)
+
+
+def decay(direction=1.0):
+    return nde.HybridODE(lambda t, y, p: -direction * p * y, None, 0.5, stepsize_controller=TIGHT)
 
 
 def batch(step=0, mask=(True, True, False)):
@@ -82,6 +80,42 @@ def test_trajectory_scores_valid_examples_up_to_the_horizon(step, last):
     np.testing.assert_allclose(value, np.mean([gap**2, (2 * gap) ** 2]), rtol=1e-6)
     assert float(metrics["failed"]) == 0
     assert float(metrics["nfe"]) > 6
+
+
+SERIES = [
+    (np.linspace(0.0, 1.0, 11), RNG.normal(size=(11, 2))),
+    (np.array([0.0, 0.25, 0.5, 1.0]), RNG.normal(size=(4, 2))),
+]
+
+
+def gaps(series):
+    """Of exp(-t / 2), as in `decay`, from the observations after the first: shape (times - 1, 2)."""
+    ts, ys = series
+    return (ys[0] * np.exp(-(ts - ts[0]) / 2)[:, None] - ys)[1:]
+
+
+@pytest.mark.parametrize("horizon", [None, lambda step: 1.0])
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_trajectory_of_padded_series_scores_their_observations_alone(direction, horizon):
+    ts, ys, *_ = nde.paths.pad_series(SERIES)
+    ts = ts.at[0, 2].set(SERIES[0][0][1])  # two observations at one time, both of which count
+    padded = Batch((direction * ts, ys), jnp.ones(2, bool), jnp.asarray(0))
+    value, _ = trajectory(decay(direction), padded, jax.random.key(0), horizon=horizon)
+    series = [(np.asarray(ts[0]), SERIES[0][1]), SERIES[1]]
+    expected = np.mean(np.concatenate([gaps(pair) for pair in series]) ** 2)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_trajectory_leaves_out_what_the_mask_of_the_data_leaves_out(channels):
+    ts, ys = SERIES[0]
+    mask = RNG.uniform(size=ys.shape if channels else ts.shape) > 0.4
+    where = np.broadcast_to(mask.reshape(11, -1), ys.shape)[1:]
+    holes = jnp.asarray(ys).at[1:].set(jnp.where(where, ys[1:], 1e6))
+    data = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (ts, holes, mask))
+    masked = Batch(data, jnp.ones(1, bool), jnp.asarray(0))
+    value, _ = trajectory(decay(), masked, jax.random.key(0))
+    np.testing.assert_allclose(value, np.mean(gaps(SERIES[0])[where] ** 2), rtol=1e-6)
 
 
 def blow_up(t, y, p):

@@ -10,6 +10,8 @@ import optax
 import pytest
 
 import nde
+from nde._batching import make_batches
+from nde.solvers import SolveError
 from nde.train import NonFiniteError, multi_start
 
 RNG = np.random.default_rng(0)
@@ -114,6 +116,28 @@ def test_an_iterator_is_the_same_training_and_its_short_batch_is_filled_up():
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-12)
 
 
+def test_an_iterator_may_refill_one_array():
+    """The device is kept busy, so that whatever reads the batch late finds the next one in it."""
+    busy, start = jax.jit(lambda x: jnp.linalg.matrix_power(x, 64)), jnp.eye(600)
+    memory = np.zeros(80 * 8 + 64, np.uint8)
+    buffer = memory[-memory.ctypes.data % 64 :][: 80 * 8].view(float)  # aligned: jax need not copy
+
+    def refilled():
+        for number in itertools.count():
+            buffer[:] = number
+            yield (buffer,)
+
+    batches = make_batches(refilled(), None, KEY)
+    taken = []
+    for _ in range(8):
+        working = busy(start)
+        (array,), _ = batches.payload(0)
+        taken.append(array)
+        buffer[:] = np.nan
+        working.block_until_ready()
+    np.testing.assert_array_equal(np.stack(taken), np.arange(8)[:, None] * np.ones(80))
+
+
 def test_training_repeats_with_its_key_and_differs_with_another():
     first, again = (fit(START, batch_size=4)[0]["w"] for _ in range(2))
     other = fit(START, batch_size=4, key=jax.random.key(1))[0]["w"]
@@ -163,6 +187,32 @@ def test_ten_in_a_row_stop_with_the_last_good_model():
     assert np.flatnonzero(caught.value.history["skipped"])[0] == 7
 
 
+def test_too_many_failed_solves_stop_with_the_model_so_far():
+    def loss(model, batch, key):
+        return squares(model, batch, key), {"failed": jnp.where(batch.step < 5, 0.0, 0.5)}
+
+    with pytest.raises(SolveError, match=r"50% .* step 5.*`error.model`") as caught:
+        fit(START, loss, steps=500)
+    history = caught.value.history
+    expected, reference = fit(START, steps=len(history))
+    np.testing.assert_allclose(caught.value.model["w"], expected["w"], rtol=1e-12)
+    np.testing.assert_allclose(history["loss"], reference["loss"], rtol=1e-12)
+    np.testing.assert_array_equal(history["failed"], np.where(np.arange(len(history)) < 5, 0, 0.5))
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_a_gradient_whose_square_leaves_the_range_of_float32_is_one(size):
+    size = jnp.float32(size)
+    model, history = fit(
+        jnp.ones(3, jnp.float32),
+        lambda model, batch, key: size * jnp.sum(model**2) / 2,
+        optim=optax.sgd(0.1 / size),
+        steps=1,
+    )
+    np.testing.assert_allclose(history["gradient_norm"], [float(size) * np.sqrt(3.0)], rtol=1e-6)
+    np.testing.assert_allclose(model, 0.9, rtol=1e-6)
+
+
 def test_nine_in_a_row_do_not_stop():
     def loss(model, batch, key):
         bad = (batch.step >= 3) & (batch.step < 12)
@@ -203,6 +253,23 @@ def test_a_start_that_diverges_stops_alone():
     assert histories[1]["skipped"].all()
 
 
+def test_functions_of_the_starts_may_be_made_again():
+    rate = jnp.ones(())
+
+    def make(key):
+        return nde.HybridODE(lambda t, y, p: -rate * p * y, None, jax.random.uniform(key))
+
+    def loss(model, batch, key):
+        return nde.losses.mse(
+            batch.data[1] * model.known(0.0, 1.0, model.parameters), batch.data[1]
+        )
+
+    models, _ = multi_start(
+        make, loss, DATA, starts=2, optim=optax.sgd(0.1), steps=2, progress=False, key=KEY
+    )
+    assert models[0].parameters != models[1].parameters
+
+
 def key_number(key):
     return tuple(jax.random.key_data(key).tolist())
 
@@ -222,6 +289,23 @@ def test_integer_arrays_functions_and_numerics_are_kept():
     np.testing.assert_array_equal(trained["number"], np.arange(3))
     assert eqx.tree_equal(trained["ode"], ode)
     assert not np.array_equal(trained["w"], model["w"])
+
+
+@pytest.mark.parametrize("dt0", [np.float64(0.1), jnp.asarray(0.1)])
+def test_the_first_step_is_not_trained(dt0):
+    ode = nde.NeuralODE(nde.fields.MLPField(1, 4, 1, key=KEY), dt0=dt0)
+    model = {"ode": ode, "parameters": {"dt0": dt0}, "w": jnp.zeros(3), "scale": 1.0}
+    trained, _ = fit(model, optim=optax.adamw(0.1, weight_decay=1.0), steps=2)
+    assert float(trained["ode"].dt0) == 0.1
+    assert float(trained["parameters"]["dt0"]) < 0.1
+
+
+@pytest.mark.parametrize("integer", [np.int64, jnp.int32])
+def test_numbers_of_steps_and_examples_may_be_integers_of_numpy_and_jax(integer):
+    model, history = fit(START, steps=integer(3), batch_size=integer(4), max_skips=integer(2))
+    expected, _ = fit(START, steps=3, batch_size=4)
+    np.testing.assert_array_equal(model["w"], expected["w"])
+    assert len(history) == 3
 
 
 def test_weakly_typed_leaves_keep_their_type():
