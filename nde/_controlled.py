@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from nde._protocol import check_precision, check_state, check_times
+from nde._protocol import Rates, check_precision, check_state, check_times
 from nde._run import run
 from nde.paths import AbstractControl
 
@@ -89,7 +89,7 @@ def solve_cde(
         ts = ts.astype(dtype)
         _check_inside(ts, control)
     controller, max_steps = stepping(model, control)
-    term = diffrax.ControlTerm(matrix, control)
+    term = diffrax.ControlTerm(Rates(matrix), control)
     return run(
         model,
         term.to_ode() if control.smooth else term,

@@ -76,7 +76,7 @@ class AbstractODE(eqx.Module):
         Args:
             ts: Times, shape (times,), ordered; the solve runs from the first to the last.
             y0: State at `ts[0]`, an array or a PyTree of arrays, of any shape. It takes the
-                precision of `ts` if that is higher.
+                precision of `ts` if that is higher, and keeps it whatever the parameters have.
             args: Passed to the vector field, or to the network in it.
             throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
                 was not reached.
@@ -105,20 +105,16 @@ def solve_ode(
     function of the state, it is (output, integral from `ts[0]`); the integral takes no part in the
     choice of steps. With `also`, `.ts` and `.ys` are lists: that, and what `also` saves.
     """
-    check_times(ts, model.dt0)
-    check_state(y0)
-    # Times and states meet in every step: both get the higher precision of the two.
-    dtype = max((x.dtype for x in jax.tree.leaves((ts, y0))), key=lambda d: jnp.finfo(d).bits)
-    ts, y0 = jax.tree.map(lambda x: jnp.asarray(x, dtype=dtype), (ts, y0))
+    ts, y0 = checked(ts, y0, model.dt0)
     y0 = model.lift(y0)
     check_precision(model.stepsize_controller, y0)
     check_vector_field(model.vector_field, ts[0], y0, args)
-    field: Any = model.vector_field
+    field: Any = Rates(model.vector_field)
     controller, read = model.stepsize_controller, model.read
     if integrand is not None:
         pair = _Pair(model, integrand)
         field, controller, read = pair.vector_field, _blind(controller), pair.read
-        y0 = (y0, jnp.zeros((), dtype))
+        y0 = (y0, jnp.zeros((), ts.dtype))
     saveat: Any = diffrax.SubSaveAt(ts=ts, fn=read)
     if also is not None:
         saveat = [saveat, also]
@@ -137,6 +133,29 @@ def solve_ode(
     )
 
 
+def checked(
+    ts: Float[Array, " times"], y0: PyTree[Float[Array, "..."]], dt0: float | None
+) -> tuple[Float[Array, " times"], PyTree[Float[Array, "..."]]]:
+    """`ts` and `y0` in the higher precision of the two: they meet in every step."""
+    check_times(ts, dt0)
+    check_state(y0)
+    ts, y0 = jax.tree.map(jnp.asarray, (ts, y0))
+    dtype = max((x.dtype for x in jax.tree.leaves((ts, y0))), key=lambda d: jnp.finfo(d).bits)
+    return jax.tree.map(lambda x: x.astype(dtype), (ts, y0))
+
+
+class Rates(eqx.Module):
+    """A vector field whose rates have the precision of the state, whatever its parameters have: a
+    state that changed its type from step to step would have no gradient.
+    """
+
+    vector_field: Callable
+
+    def __call__(self, t: Array, y: PyTree[Array], args: PyTree[Any]) -> PyTree[Array]:
+        dy = self.vector_field(t, y, args)
+        return jax.tree.map(lambda rate, state: jnp.asarray(rate, state.dtype), dy, y)
+
+
 class _Pair(eqx.Module):
     """A model whose state carries an integral along."""
 
@@ -144,7 +163,8 @@ class _Pair(eqx.Module):
     integrand: Callable
 
     def vector_field(self, t: Array, y: tuple[PyTree, Array], args: PyTree) -> tuple[PyTree, Array]:
-        return self.model.vector_field(t, y[0], args), self.integrand(t, y[0], args)
+        rates = Rates(self.model.vector_field)
+        return rates(t, y[0], args), self.integrand(t, y[0], args)
 
     def read(self, t: Array, y: tuple[PyTree, Array], args: PyTree) -> tuple[PyTree, Array]:
         return self.model.read(t, y[0], args), y[1]

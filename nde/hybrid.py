@@ -54,7 +54,7 @@ class Positive(AbstractParameter):
         value: Initial physical value, any shape.
 
     Raises:
-        ValueError: if a value is not positive and finite.
+        ValueError: if a value is not positive and finite in its precision.
     """
 
     log_value: Float[Array, "..."]
@@ -73,11 +73,12 @@ class Bounded(AbstractParameter):
 
     Args:
         value: Initial physical value, any shape, strictly inside the bounds.
-        low: Lower bound.
-        high: Upper bound.
+        low: Lower bound, a finite number.
+        high: Upper bound, a finite number.
 
     Raises:
-        ValueError: if a value is not strictly between `low` and `high`.
+        ValueError: for another bound, or a value that is not strictly between the two in its
+            precision.
     """
 
     logit: Float[Array, "..."]
@@ -85,10 +86,10 @@ class Bounded(AbstractParameter):
     high: float = eqx.field(static=True)
 
     def __init__(self, value: ArrayLike, low: float, high: float):
-        _check_range("Bounded", value, low, high)
+        self.low, self.high = _bound("low", low), _bound("high", high)
+        _check_range("Bounded", value, self.low, self.high)
         value = _floating(value)
-        self.logit = jnp.log(value - low) - jnp.log(high - value)
-        self.low, self.high = low, high
+        self.logit = jnp.log(value - self.low) - jnp.log(self.high - value)
 
     @property
     def value(self) -> Float[Array, "..."]:
@@ -122,7 +123,16 @@ def additive(
     args: PyTree,
 ) -> PyTree:
     """The default `combine`: known(t, y, parameters) + network(t, y, args), shaped like y."""
-    return jax.tree.map(jnp.add, known(t, y, parameters), network(t, y, args))
+    terms = known(t, y, parameters), network(t, y, args)
+    # The sum would broadcast one of them.
+    shapes = [jax.tree.map(jnp.shape, term) for term in terms]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"`known` returned shape {shapes[0]} but `network` returned shape {shapes[1]}; return "
+            "one rate for every entry of the state from both, or say with `combine` where the "
+            "network enters."
+        )
+    return jax.tree.map(jnp.add, *terms)
 
 
 class HybridODE(AbstractODE):
@@ -185,9 +195,12 @@ def _is_parameter(node: Any) -> bool:
 def _floating(value: ArrayLike) -> Float[Array, "..."]:
     """A strongly typed floating array: a Python number would change its type at the first
     update."""
+    return jnp.asarray(value, dtype=_precision(value))
+
+
+def _precision(value: ArrayLike) -> np.dtype:
     floating = eqx.is_array(value) and jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    dtype = jnp.result_type(value) if floating else jnp.result_type(float)
-    return jnp.asarray(value, dtype=dtype)
+    return jnp.result_type(value) if floating else jnp.result_type(float)
 
 
 def _floating_leaves(tree: PyTree) -> PyTree:
@@ -201,11 +214,28 @@ def _floating_leaves(tree: PyTree) -> PyTree:
     )
 
 
+def _bound(name: str, bound: float) -> float:
+    number = eqx.is_array_like(bound) and not isinstance(bound, jax.core.Tracer)
+    if number and np.ndim(bound) == 0 and np.isfinite(bound):
+        return float(bound)
+    raise ValueError(
+        f"`{name}` of Bounded is {bound}; a bound is one finite number. Use Positive where there is "
+        "no upper bound, and one Bounded for each entry with bounds of its own."
+    )
+
+
 def _check_range(name: str, value: ArrayLike, low: float, high: float) -> None:
+    """Also refuses what rounds to a limit: no coordinate gives it back."""
     if isinstance(value, jax.core.Tracer):
         return
-    inside = (np.asarray(value) > low) & (np.asarray(value) < high)
+    dtype = _precision(value)
+    info = jnp.finfo(dtype)
+    with np.errstate(all="ignore"):
+        stored, least, most = (np.asarray(x, dtype) for x in (value, low, high))
+        # Smaller numbers are flushed to zero, and 1 + exp(-u) of the sigmoid loses smaller shares.
+        inside = (stored - least >= info.tiny) & (most - stored >= info.eps * (most - least))
     if not inside.all():
         raise ValueError(
-            f"`value` of {name} is {value}; it must be strictly between {low} and {high}."
+            f"`value` of {name} is {value}; it must be strictly between {low} and {high}, by more "
+            f"than the rounding of {dtype}."
         )

@@ -19,6 +19,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from nde._protocol import AbstractODE
@@ -54,6 +55,12 @@ class NeuralODE(AbstractODE):
 
     vector_field: Callable
     augment: int = eqx.field(default=0, kw_only=True, static=True)
+
+    def __check_init__(self):
+        if not isinstance(self.augment, int | np.integer) or self.augment < 0:
+            raise ValueError(
+                f"`augment` is {self.augment!r}; it is a number of channels, an integer >= 0."
+            )
 
     def lift(self, y0: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
         """y0 with the appended channels."""

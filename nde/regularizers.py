@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from nde._protocol import AbstractODE, check_key, solve_ode, tolerances
+from nde._protocol import AbstractODE, Rates, check_key, checked, solve_ode, tolerances
 from nde.solvers import Estimates, WithEstimates
 
 __all__ = [
@@ -134,7 +134,7 @@ def local(
     """Local regularization: the estimate of one step of the solver, from a state on the trajectory.
 
     The state and the step carry no gradient, so the penalty says how rough the field is there, and
-    costs one step whatever the adjoint.
+    costs one step whatever the adjoint. It is 0 where the solve failed or had no step to take.
 
     Args:
         model: An ODE model.
@@ -149,20 +149,25 @@ def local(
             `dt0=None` a cautious one, whose small estimate asks for a large coefficient.
 
     Raises:
-        ValueError: for a solver without that estimate, or times of which none lies inside.
+        ValueError: for a solver without that estimate.
     """
     check_key(key)
+    ts, y0 = checked(ts, y0, model.dt0)
+    draw = _drawn_step if biased else _drawn_time
+    solution, *drawn = draw(model, ts, y0, args, key)
+    # Otherwise a step of length 0 from the start: a state of inf would make the gradient nan.
+    usable = diffrax.is_okay(solution.result) & (solution.stats["num_accepted_steps"] > 0)
+    start = [ts[0], ts[0], model.lift(y0)]
+    t, t_end, y = jax.tree.map(lambda x, x0: jnp.where(usable, x, x0), drawn, start)
     rtol, atol = tolerances(model.stepsize_controller)
     solver = WithEstimates(model.solver, rtol, atol)
-    if biased:
-        solution, t, t_end, y = _drawn_step(model, ts, y0, args, key)
-    else:
-        solution, t, y = _drawn_time(model, ts, y0, args, key)
-        t_end = _first_step(model, solver, t, ts[-1], y, args)
-    t, t_end, y = jax.lax.stop_gradient((t, t_end, y))
-    terms = diffrax.ODETerm(model.vector_field)
-    state = solver.init(terms, t, t_end, y, args)
-    *_, state, _ = solver.step(terms, t, t_end, y, args, state, False)
+    direction = _direction(ts)
+    terms, s, s_end = _forward(model, direction), direction * t, direction * t_end
+    if not biased:
+        s_end = jnp.minimum(s_end, _first_step(model, solver, terms, s, s_end, y, args, direction))
+    s, s_end, y = jax.lax.stop_gradient((s, s_end, y))
+    state = solver.init(terms, s, s_end, y, args)
+    *_, state, _ = solver.step(terms, s, s_end, y, args, state, False)
     name = f"{of}_estimate"
     if name not in state.estimates:
         raise ValueError(
@@ -200,7 +205,8 @@ def steer(
     check_key(key)
     if width is not None and not width > 0:
         raise ValueError(f"`width` is {width}; it must be positive, in the unit of `ts`.")
-    if ts.ndim != 1 or ts.shape[0] < 2:
+    ts, y0 = checked(ts, y0, model.dt0)
+    if ts.shape[0] < 2:
         raise ValueError(
             f"`ts` has shape {ts.shape}; `steer` moves the second time and later ones."
         )
@@ -210,7 +216,7 @@ def steer(
     reach = jnp.minimum(jnp.minimum(half, behind), jnp.inf if width is None else width)
     moved = ts[1:] + reach * jax.random.uniform(key, half.shape, ts.dtype, -1.0, 1.0)
     # Padding repeats the last time to the last bit: a copy of it might be rounded differently.
-    sign = jnp.where(ts[-1] < ts[0], -1.0, 1.0)
+    sign = _direction(ts)
     times = sign * jnp.append(ts[:1], jnp.where(real, moved, ts[0]))
     solution = model.solve(sign * jax.lax.cummax(times), y0, args, throw=False)
     return solution, jnp.zeros((), ts.dtype)
@@ -241,15 +247,15 @@ def kinetic(
         jacobian: Weight of the Jacobian norm.
     """
     check_key(key)
-    state = model.lift(y0)
-    leaves, tree = jax.tree.flatten(state)
+    ts, y0 = checked(ts, y0, model.dt0)
+    leaves, tree = jax.tree.flatten(model.lift(y0))
     keys = jax.random.split(key, len(leaves))
     noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     noise = jax.tree.unflatten(tree, noise)
 
     def integrand(t, y, args):
-        rate, pull = jax.vjp(lambda y: model.vector_field(t, y, args), y)
-        (product,) = pull(jax.tree.map(lambda e, r: e.astype(r.dtype), noise, rate))
+        rate, pull = jax.vjp(lambda y: Rates(model.vector_field)(t, y, args), y)
+        (product,) = pull(noise)
         return energy * _mean_square(rate) + jacobian * _mean_square(product)
 
     return _integrated(model, ts, y0, args, integrand)
@@ -282,7 +288,7 @@ def taylor(
         raise ValueError(f"`order` is {order}; it must be >= 1, usually 2, 3 or 4.")
 
     def integrand(t, y, args):
-        flow = lambda t, y: (jnp.ones_like(t), model.vector_field(t, y, args))
+        flow = lambda t, y: (jnp.ones_like(t), Rates(model.vector_field)(t, y, args))
         derivative = flow
         for _ in range(order - 1):
             # Along a solution, d/dt of D(t, y) is its derivative in the direction (1, f).
@@ -335,7 +341,7 @@ def _integrated(model: AbstractODE, ts, y0, args, integrand: Callable) -> Penali
     solution: Any = solve_ode(model, ts, y0, args, throw=False, integrand=integrand)
     ys, integral = solution.ys
     solution = eqx.tree_at(lambda s: s.ys, solution, ys)
-    return solution, integral[-1]
+    return solution, _direction(ts) * integral[-1]
 
 
 def _mean_square(tree: PyTree[Array]) -> Float[Array, ""]:
@@ -355,11 +361,11 @@ def _drawn_step(model: AbstractODE, ts, y0, args, key):
 
 
 def _drawn_time(model: AbstractODE, ts, y0, args, key):
-    """The solution, a time between its ends, each as likely, and the state there."""
+    """The solution, a time between its ends, each as likely, the end, and the state there."""
     t = ts[0] + (ts[-1] - ts[0]) * jax.random.uniform(key, (), ts.dtype)
     also = diffrax.SubSaveAt(ts=t[None])
     solution: Any = solve_ode(model, ts, y0, args, throw=False, also=also)
-    return _first(solution), t, jax.tree.map(lambda x: x[0], solution.ys[1])
+    return _first(solution), t, ts[-1], jax.tree.map(lambda x: x[0], solution.ys[1])
 
 
 def _first(solution: Any) -> diffrax.Solution:
@@ -367,9 +373,23 @@ def _first(solution: Any) -> diffrax.Solution:
     return eqx.tree_at(lambda s: (s.ts, s.ys), solution, (solution.ts[0], solution.ys[0]))
 
 
-def _first_step(model: AbstractODE, solver: WithEstimates, t, t1, y, args) -> Array:
-    """Where the controller would end a first step at (t, y), not beyond t1."""
-    terms = diffrax.ODETerm(model.vector_field)
-    controller, order = model.stepsize_controller, solver.error_order(terms)
-    state = controller.init(terms, t, t1, y, model.dt0, args, solver.func, order)
-    return jnp.where(t1 >= t, jnp.minimum(state[0], t1), jnp.maximum(state[0], t1))
+def _direction(ts: Float[Array, " times"]) -> Float[Array, ""]:
+    """Of time: 1, or -1 where `ts` decreases."""
+    return jnp.where(ts[-1] < ts[0], -1.0, 1.0)
+
+
+def _forward(model: AbstractODE, direction: Array) -> diffrax.ODETerm:
+    """The equation in s = direction t, which increases: the only time that controllers know."""
+    rates = Rates(model.vector_field)
+
+    def vector_field(s, y, args):
+        return jax.tree.map(lambda dy: direction * dy, rates(direction * s, y, args))
+
+    return diffrax.ODETerm(vector_field)
+
+
+def _first_step(model: AbstractODE, solver, terms, s, s_end, y, args, direction) -> Array:
+    """Where the controller would end a first step at (s, y)."""
+    dt0 = None if model.dt0 is None else (direction * model.dt0).astype(s.dtype)
+    controller, order = model.stepsize_controller.wrap(direction), solver.error_order(terms)
+    return jnp.asarray(controller.init(terms, s, s_end, y, dt0, args, solver.func, order)[0])

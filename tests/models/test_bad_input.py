@@ -1,5 +1,6 @@
 """Bad input to a model or to `fit`: every row names the argument, its value and what to type."""
 
+import itertools
 import re
 
 import diffrax
@@ -13,7 +14,7 @@ import pytest
 import nde
 from nde.hybrid import Bounded, Frozen, HybridODE, Positive
 from nde.solvers import SolveError
-from nde.train import NonFiniteError, multi_start
+from nde.train import Batch, NonFiniteError, multi_start
 
 KEY = jax.random.key(0)
 TS, Y0 = jnp.linspace(0.0, 1.0, 5), jnp.ones(2)
@@ -33,6 +34,23 @@ def pid(rtol, atol):
 
 def solve(ts=TS, y0=Y0, vector_field=decay, args=None, **numerics):
     return nde.NeuralODE(vector_field, **numerics)(ts, y0, args)
+
+
+def add(known, network):
+    return HybridODE(lambda t, y, p: known(y), lambda t, y, args: network(y), {})(TS, Y0)
+
+
+def single_bounded(value):
+    with jax.enable_x64(False):
+        return Bounded(value, 0.0, 1.0)
+
+
+TIMES, YS, MASK = jnp.tile(TS, (4, 1)), jnp.ones((4, 5, 2)), jnp.ones((4, 5), bool)
+
+
+def score(data, **options):
+    batch = Batch(data, jnp.ones(4, bool), jnp.asarray(0))
+    return nde.losses.trajectory(nde.NeuralODE(decay), batch, KEY, **options)
 
 
 def at(values, index, value):
@@ -126,8 +144,38 @@ SOLVES = [
     (None, lambda: HybridODE(decay, decay, {}, combine=decay), ["`combine`", "(known, network"]),
     (None, lambda: Positive(-1.0), ["`value` of Positive is -1.0", "between 0.0 and inf"]),
     (None, lambda: Bounded(2.0, 0.0, 1.0), ["`value` of Bounded is 2.0", "between 0.0 and 1.0"]),
+    (None, lambda: Positive(np.inf), ["`value` of Positive is inf"]),
+    (None, lambda: Positive(1e-310), ["`value` of Positive is 1e-310", "rounding of float64"]),
+    (None, lambda: single_bounded(1 - 1e-9), ["0.999999999", "0.0 and 1.0", "rounding of float32"]),
+    (None, lambda: Bounded(np.nextafter(1, 0), 0.0, 1.0), ["`value` of Bounded", "rounding"]),
+    (None, lambda: Bounded(2.0, 1.0, np.inf), ["`high` of Bounded is inf", "finite", "Positive"]),
+    (None, lambda: Bounded(0.5, np.zeros(2), 1.0), ["`low` of Bounded is [0. 0.]", "each entry"]),
+    (None, lambda: Bounded(0.5, None, 1.0), ["`low` of Bounded is None", "one finite number"]),
+    (
+        None,
+        lambda: add(lambda y: y, lambda y: y[:1]),
+        ["`known` returned shape (2,)", "`network`", "(1,)", "`combine`"],
+    ),
+    (
+        None,
+        lambda: add(lambda y: y[0], lambda y: y),
+        ["`known` returned shape ()", "`network` returned shape (2,)"],
+    ),
+    (None, lambda: solve(augment=-1), ["`augment` is -1", "integer >= 0"]),
+    (None, lambda: solve(augment=1.0), ["`augment` is 1.0", "integer >= 0"]),
     (None, lambda: nde.losses.mse(Y0, jnp.ones(3)), ["`prediction`", "(2,)", "(3,)"]),
     (None, lambda: nde.losses.mse(Y0, Y0, jnp.ones(3, bool)), ["`mask`", "(3,)", "(2,)"]),
+    (None, lambda: nde.losses.log_mse(Y0, Y0, jnp.ones(3, bool)), ["`mask`", "(3,)", "(2,)"]),
+    (None, lambda: nde.losses.mse(Y0, Y0, jnp.ones(2)), ["`mask`", "float64", "boolean"]),
+    (None, lambda: nde.losses.log_mse(Y0, Y0, jnp.ones(2)), ["`mask`", "float64", "boolean"]),
+    (None, lambda: score({"ts": TIMES, "ys": YS}), ["`batch.data`", "{'ts': f64[4,5]", "(ts, ys)"]),
+    (None, lambda: score((TIMES, YS, MASK, YS)), ["`batch.data`", "bool[4,5]", "(ts, ys, mask)"]),
+    (None, lambda: score([(TIMES, YS), (TIMES, YS)]), ["`batch.data`", "iter(batches)"]),
+    (None, lambda: score((TS, YS)), ["`batch.data`", "f64[5]", "jnp.tile"]),
+    (None, lambda: score((TIMES[:, :1], YS[:, :1])), ["f64[4,1]", "two times"]),
+    (None, lambda: score((TIMES, YS, MASK.astype(int))), ["`mask`", "int64", "boolean"]),
+    (None, lambda: score((TIMES, YS, MASK[:, 1:])), ["`mask`", "(4, 4)", "(4, 5)"]),
+    (None, lambda: score((TIMES, YS), horizon=0.5), ["`horizon` is 0.5", "horizon(step)"]),
 ]
 
 SHAPES_AND_TYPES = {8, 10, 11, 12, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 34}
@@ -164,6 +212,9 @@ def fit(model=None, loss=loss, data=None, **options):
 HOLE = {"x": np.ones((6, 3)), "y": np.where(np.arange(6) % 4 == 1, np.nan, 0.0)}
 BATCH = (jnp.ones((4, 3)), jnp.zeros(4))
 LONGER = (jnp.ones((5, 3)), jnp.zeros(5))
+WIDER = (jnp.ones((4, 2)), jnp.zeros(4))
+SINGLE_BATCH = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), BATCH)
+DAYS = np.array(["2020-01-01", "2020-01-02"], "datetime64[D]")
 
 
 def not_finite(model, batch, key):
@@ -187,6 +238,15 @@ FITS = [
     (55, ValueError, {"data": (jnp.ones((0, 3)), jnp.ones(0))}, ["no examples"]),
     (55, ValueError, {"data": iter([BATCH] * 7)}, ["ended after 7 batches", "itertools.cycle"]),
     (55, ValueError, {"data": iter([BATCH, LONGER])}, ["5 examples", "first one of 4"]),
+    (55, ValueError, {"data": iter([BATCH, WIDER])}, ["[4, 2]", "[4, 3]", "pad_series"]),
+    (55, ValueError, {"data": iter([BATCH, SINGLE_BATCH])}, ["float32[4]", "float64[4]"]),
+    (55, ValueError, {"data": iter([BATCH, BATCH[:1]])}, ["('float64[4, 3]',)", "first one of"]),
+    (55, ValueError, {"data": {"x": DAYS}}, ["`data['x']`", "datetime64[D]", "floats"]),
+    (55, ValueError, {"data": np.array(["a", "b"])}, ["`data`", "<U1", "integers"]),
+    (55, ValueError, {"data": np.array([None, 1.0])}, ["`data`", "object", "numbers"]),
+    (56, ValueError, {"batch_size": True}, ["`batch_size` is True", "integer"]),
+    (56, ValueError, {"batch_size": 2.0}, ["`batch_size` is 2.0", "integer"]),
+    (56, ValueError, {"steps": 2.0}, ["`steps` is 2.0", "integer"]),
     (56, ValueError, {"batch_size": 0}, ["`batch_size` is 0", "6 examples"]),
     (56, ValueError, {"batch_size": -1}, ["`batch_size` is -1", "6 examples"]),
     (56, ValueError, {"batch_size": 7}, ["`batch_size` is 7", "6 examples"]),
@@ -207,6 +267,9 @@ FITS = [
         {"loss": lambda m, b, k: jnp.sum(b.data[0])},
         ["gradient of zero", "model['w']"],
     ),
+    (58, ValueError, {"frozen": lambda m: None}, ["`frozen` gave None", "nodes"]),
+    (58, ValueError, {"frozen": lambda m: (m, m["w"])}, ["({'w': f64[3]}, f64[3])", "nodes"]),
+    (59, ValueError, {"optim": optax.lbfgs()}, ["`optim`", "value_fn", "optax.adam(1e-3)"]),
     (59, ValueError, {"optim": optax.adam}, ["`optim`", "optax.adam(1e-3)"]),
     (59, ValueError, {"optim": 1e-3}, ["`optim` is 0.001", "optax.adam(1e-3)"]),
     (59, ValueError, {"optim": optax.constant_schedule(1.0)}, ["`optim`", "optax.adam(1e-3)"]),
@@ -224,17 +287,50 @@ def test_fit_says_what_is_wrong(row, kind, options, fragments):
         fit(**options)
 
 
-def test_multi_start_says_what_is_wrong():
-    with pytest.raises(ValueError, match="`starts` is 0"):
-        multi_start(
-            lambda key: {"w": jnp.ones(3)},
-            loss,
-            BATCH,
-            starts=0,
-            optim=optax.sgd(0.1),
-            steps=1,
-            key=KEY,
-        )
+def from_starts(make, starts=2):
+    return multi_start(make, loss, BATCH, starts=starts, optim=optax.sgd(0.1), steps=1, key=KEY)
+
+
+def numbered():
+    """A function that gives 0, 1, ...: something to be different in every start."""
+    numbers = itertools.count()
+    return lambda: next(numbers)
+
+
+def holds(number):
+    return lambda x: number * x
+
+
+STARTS = [
+    (
+        lambda n: {"w": jnp.ones(3), "dt0": 0.1 * n},
+        ["`model['dt0']`", "0.0 and 0.1", "jnp.asarray"],
+    ),
+    (lambda n: {"w": jnp.ones(3 + n)}, ["`model['w']`", "f64[3] and f64[4]"]),
+    (lambda n: {"w": jnp.ones(3), "f": holds(n)}, ["`model['f']`", "outside `make_model`"]),
+    (lambda n: {"w": jnp.ones(3), "f": lambda x, n=n: n * x}, ["`model['f']`", "outside"]),
+    (lambda n: {"w": jnp.ones(3), "layers": n * [jnp.ones(1)]}, ["structure", "['layers']"]),
+    (lambda n: {"w": jnp.ones(3), "p": Bounded(0.1, 0.0, 1.0 + n)}, ["structure", "Bounded"]),
+]
+
+
+@pytest.mark.parametrize("make, fragments", STARTS)
+def test_starts_that_differ_beside_the_values_of_arrays(make, fragments):
+    number = numbered()
+    with pytest.raises(ValueError, match=words(["starts 0 and 1", *fragments])):
+        from_starts(lambda key: make(number()))
+
+
+@pytest.mark.parametrize("starts", [0, True, 1.0])
+def test_multi_start_says_what_is_wrong(starts):
+    with pytest.raises(ValueError, match=f"`starts` is {starts}"):
+        from_starts(lambda key: {"w": jnp.ones(3)}, starts)
+
+
+def test_integers_that_jax_would_wrap():
+    labels = np.array([0, 2**40])
+    with jax.enable_x64(False), pytest.raises(ValueError, match=words(["1099511627776", "int32"])):
+        fit(data=labels)
 
 
 def test_adaptive_steps_need_an_error_estimate():

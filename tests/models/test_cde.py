@@ -259,6 +259,27 @@ def test_the_solve_reports_its_steps_and_a_failure_is_a_value():
     assert solution.result != diffrax.RESULTS.successful
 
 
+def test_a_field_of_higher_precision_than_the_data_has_a_gradient():
+    single = lambda tree: jax.tree.map(
+        lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, tree
+    )
+    model = neural()
+    model = eqx.tree_at(lambda m: (m.initial, m.readout), model, replace_fn=single)
+    ts = jnp.linspace(0.0, 1.0, 5, dtype=jnp.float32)
+    ys = jnp.stack([jnp.sin(3 * ts), ts**2], axis=1)
+
+    def loss(model):
+        with jax.numpy_dtype_promotion("standard"):
+            out = model(nde.paths.linear(ts, ys))
+        assert out.dtype == jnp.float32
+        return jnp.sum(out**2)
+
+    grads = jax.tree.leaves(eqx.filter_grad(loss)(model))
+    exact = jax.tree.leaves(eqx.filter_grad(loss)(single(model)))
+    for got, want in zip(grads, exact, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+
+
 def test_times_states_and_weights_share_the_higher_precision():
     path = make(TIMES.astype(np.float32), VALUES.astype(np.float32))
     model = jax.tree.map(lambda x: x.astype(jnp.float32) if eqx.is_array(x) else x, neural())

@@ -74,6 +74,27 @@ def test_combine_puts_the_network_inside_the_equations():
     np.testing.assert_allclose(model(TS, jnp.array([0.3])), exact(0.3, 1.5, 2.0), atol=1e-8)
 
 
+def test_a_bound_is_a_number_whatever_it_was():
+    """An array among the static fields cannot be compared, which jit does."""
+    bounded = Bounded(1.5, jnp.asarray(1), np.float32(3.0))
+    assert (bounded.low, bounded.high) == (1.0, 3.0)
+    assert type(bounded.low) is type(bounded.high) is float
+
+
+@pytest.mark.parametrize("value", [np.nextafter(0.0, 1.0), 1e-307, 1e-10, 0.5, 1 - 1e-15])
+def test_a_parameter_that_is_accepted_is_given_back(value):
+    """Next to a limit: either refused, or inside and trained."""
+    for make in (Positive, lambda value: Bounded(value, 0.0, 1.0)):
+        if value < np.finfo(float).tiny:
+            with pytest.raises(ValueError, match="more than the rounding of float64"):
+                make(value)
+            continue
+        parameter = make(value)
+        np.testing.assert_allclose(parameter.value, value, rtol=1e-12)
+        (slope,) = jax.tree.leaves(eqx.filter_grad(lambda p: p.value)(parameter))
+        assert slope > 0
+
+
 def test_fit_recovers_a_rate_and_leaves_the_frozen_one_alone():
     truth = exact(0.3, 1.5, 2.0)
     data = (TS[None], jnp.asarray(truth)[None])

@@ -121,6 +121,43 @@ def test_the_solve_has_the_higher_precision_of_time_and_state(time, state):
     np.testing.assert_allclose(ys, exact(TS, Y0), atol=5e-3)
 
 
+@pytest.mark.parametrize(
+    "known, data", [(False, jnp.float32), (True, jnp.float32), (False, jnp.float64)]
+)
+def test_gradients_of_a_model_of_another_precision_than_the_data(known, data):
+    """They are those of the same weights in the precision of the data, in their own type."""
+    field = nde.fields.MLPField(2, 4, 1, key=jax.random.key(0))
+    steps = {"stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.1}
+    model = nde.NeuralODE(field, **steps)
+    if known:
+        rate = {"rate": nde.hybrid.Positive(1.5)}
+        model = nde.HybridODE(lambda t, y, p: -p["rate"] * y, field, rate, **steps)
+
+    def gradient(precision):
+        is_array = eqx.is_inexact_array
+        cast = jax.tree.map(lambda x: x.astype(precision) if is_array(x) else x, model)
+        ts, y0 = jnp.asarray(TS, dtype=data), jnp.asarray(Y0, dtype=data)
+        return jax.tree.leaves(eqx.filter_grad(lambda m: jnp.sum(m(ts, y0) ** 2))(cast))
+
+    other = jnp.float64 if data == jnp.float32 else jnp.float32
+    with jax.numpy_dtype_promotion("standard"):
+        found, expected = gradient(other), gradient(data)
+    assert all(leaf.dtype == other for leaf in found)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_numpy_input_without_float64_is_cast_in_silence():
+    with jax.enable_x64(False):
+        model = nde.NeuralODE(nde.fields.MLPField(2, 4, 1, key=jax.random.key(0)))
+        ys = model(TS, Y0)
+        assert ys.dtype == jnp.float32
+        np.testing.assert_array_equal(ys, model(jnp.asarray(TS), jnp.asarray(Y0)))
+        for name in ("local", "steer", "kinetic"):
+            regularizer = getattr(nde.regularizers, name)
+            assert regularizer(model, TS, Y0, key=jax.random.key(0))[1].dtype == jnp.float32
+
+
 @pytest.mark.parametrize("chosen, expected", [(None, "HIGHEST"), ("high", "HIGH")])
 def test_matrix_products_are_exact_unless_the_user_says_otherwise(chosen, expected):
     model = nde.NeuralODE(nde.fields.MLPField(2, 4, 1, key=jax.random.key(0)))

@@ -100,6 +100,93 @@ def test_local_with_the_step_of_the_controller():
     np.testing.assert_allclose(penalty, OMEGA / 3.5068, rtol=1e-9)
 
 
+def gradient(regularizer, model, ts, y0, key=KEY):
+    """The penalty and its gradient."""
+    return eqx.filter_value_and_grad(lambda m: regularizer(m, ts, y0, key=key)[1])(model)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_local_of_a_failed_solve_is_zero(biased):
+    """y' = a y^2 escapes at t = 1 / (a y0); a state of inf behind it must not reach the gradient."""
+    local = functools.partial(regularizers.local, biased=biased)
+    model = nde.HybridODE(lambda t, y, p: p["a"] * y**2, None, {"a": 1.0}, max_steps=64)
+    run = lambda y0, key: gradient(local, model, jnp.asarray(TS), y0, key)
+    lanes = eqx.filter_jit(jax.vmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(0, None)))
+    values, grads = lanes(jnp.array([[0.3], [3.0]]), jax.random.split(KEY, 8))
+    assert np.all(values[0] > 0) and np.all(grads.parameters["a"][0] > 0)
+    np.testing.assert_array_equal(values[1], 0.0)
+    np.testing.assert_array_equal(grads.parameters["a"][1], 0.0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("ts", [np.zeros(1), np.ones(3)])
+def test_local_without_a_step_is_zero(ts, biased):
+    local = functools.partial(regularizers.local, biased=biased)
+    value, grads = gradient(local, decay(1.3), jnp.asarray(ts), jnp.array([2.0]))
+    assert value == 0.0 and grads.parameters["a"] == 0.0
+
+
+STEPS = {
+    "chosen": lambda sign: {},
+    "constant": lambda sign: {
+        "stepsize_controller": dfx.ConstantStepSize(), "dt0": sign * 0.125
+    },
+    "clipped": lambda sign: {
+        "stepsize_controller": dfx.ClipStepSizeController(
+            dfx.PIDController(rtol=1e-3, atol=1e-6), step_ts=sign * jnp.linspace(0.05, 1.95, 39)
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "biased, steps", [(False, "chosen"), (False, "constant"), (False, "clipped"), (True, "chosen")]
+)
+def test_local_does_not_depend_on_the_direction_of_time(biased, steps):
+    """Where y solves y' = f(t, y), y(-t) solves z' = -f(-t, z): the same steps, mirrored."""
+    local = functools.partial(regularizers.local, biased=biased)
+    field = lambda t, y: -(1.0 + t**2) * y
+
+    def penalty(sign, key):
+        options = STEPS[steps](sign)
+        model = nde.NeuralODE(lambda t, y, args: sign * field(sign * t, y), **options)
+        return local(model, sign * jnp.asarray(TS), jnp.array([2.0]), key=key)[1]
+
+    keys = jax.random.split(KEY, 8)
+    forward, backward = (jax.vmap(functools.partial(penalty, sign))(keys) for sign in (1.0, -1.0))
+    assert np.all(forward > 0)
+    np.testing.assert_allclose(backward, forward, rtol=1e-12)
+
+
+def test_local_takes_times_of_lower_precision():
+    ts, y0 = jnp.asarray(TS), jnp.asarray(Y0)
+    _, expected = regularizers.local(linear(ROTATION), ts, y0, key=KEY)
+    _, penalty = regularizers.local(linear(ROTATION), ts.astype(jnp.float32), y0, key=KEY)
+    assert penalty == expected
+
+
+REGULARIZERS = {
+    "local": regularizers.local,
+    "local, biased": functools.partial(regularizers.local, biased=True),
+    "kinetic": regularizers.kinetic,
+    "taylor": regularizers.taylor,
+}
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_parameters_of_higher_precision_than_the_data(name):
+    """The penalty and its gradient are those of parameters with the precision of the data."""
+    steps = dict(solver=dfx.Heun(), stepsize_controller=dfx.ConstantStepSize(), dt0=0.25)
+    ts, y0 = jnp.asarray(TS, dtype=jnp.float32), jnp.array([2.0], dtype=jnp.float32)
+    single, double = (decay(jnp.asarray(1.25, dtype=d), **steps) for d in ("float32", "float64"))
+    expected, slope = gradient(REGULARIZERS[name], single, ts, y0)
+    with jax.numpy_dtype_promotion("standard"):
+        value, grads = gradient(REGULARIZERS[name], double, ts, y0)
+    assert value.dtype == jnp.float32 and grads.parameters["a"].dtype == jnp.float64
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    np.testing.assert_allclose(grads.parameters["a"], slope.parameters["a"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("width", [None, 0.05])
 def test_steer_moves_times_and_keeps_their_order(width):
     ts = jnp.array([0.0, 1.0, 1.1, 3.0, 3.5, 3.5, 3.5])  # padded
@@ -124,8 +211,9 @@ def test_steer_of_an_end_time():
     assert abs(ends.mean() - 1) < 0.04
 
 
-def test_kinetic_energy_and_jacobian_of_a_rotation():
-    model, inputs = linear(ROTATION, **TIGHT), (jnp.asarray(TS), jnp.asarray(Y0))
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_kinetic_energy_and_jacobian_of_a_rotation(direction):
+    model, inputs = linear(ROTATION, **TIGHT), (direction * jnp.asarray(TS), jnp.asarray(Y0))
     noise = jax.random.normal(jax.random.split(KEY, 1)[0], (2,), jnp.float64)
     energy = TS[-1] * OMEGA**2 * np.sum(Y0**2) / 2
     jacobian = TS[-1] * OMEGA**2 * float(noise @ noise) / 2
@@ -136,9 +224,10 @@ def test_kinetic_energy_and_jacobian_of_a_rotation():
     assert solution.stats["num_steps"] == model.solve(*inputs).stats["num_steps"]
 
 
+@pytest.mark.parametrize("direction", [1.0, -1.0])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_total_derivatives(order):
-    model, inputs = linear(ROTATION, **TIGHT), (jnp.asarray(TS), jnp.asarray(Y0))
+def test_total_derivatives(order, direction):
+    model, inputs = linear(ROTATION, **TIGHT), (direction * jnp.asarray(TS), jnp.asarray(Y0))
     _, penalty = regularizers.taylor(model, *inputs, order=order)
     expected = TS[-1] * OMEGA ** (2 * order) * np.sum(Y0**2) / 2
     np.testing.assert_allclose(penalty, expected, rtol=1e-8)
