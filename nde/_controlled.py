@@ -89,7 +89,8 @@ def solve_cde(
         ts = ts.astype(dtype)
         _check_inside(ts, control)
     controller, max_steps = stepping(model, control)
-    term = diffrax.ControlTerm(Rates(matrix), control)
+    rates: Any = Rates(matrix)
+    term = diffrax.ControlTerm(rates, control)
     return run(
         model,
         term.to_ode() if control.smooth else term,
