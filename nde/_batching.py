@@ -189,7 +189,7 @@ def _check_numbers(name: str, leaf: Any) -> None:
         )
     if not jnp.issubdtype(leaf.dtype, np.integer):
         return
-    kept = jnp.asarray(leaf[:0]).dtype
+    kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if kept != leaf.dtype and (leaf.astype(kept) != leaf).any():
         raise ValueError(
             f"`{name}` has dtype {leaf.dtype} and runs from {leaf.min()} to {leaf.max()}, which does "

@@ -89,8 +89,7 @@ def solve_cde(
         ts = ts.astype(dtype)
         _check_inside(ts, control)
     controller, max_steps = stepping(model, control)
-    rates: Any = Rates(matrix)
-    term = diffrax.ControlTerm(rates, control)
+    term = diffrax.ControlTerm(Rates(matrix), control)
     return run(
         model,
         term.to_ode() if control.smooth else term,

@@ -109,7 +109,7 @@ def solve_ode(
     y0 = model.lift(y0)
     check_precision(model.stepsize_controller, y0)
     check_vector_field(model.vector_field, ts[0], y0, args)
-    field: Any = Rates(model.vector_field)
+    field: Any = model.vector_field
     controller, read = model.stepsize_controller, model.read
     if integrand is not None:
         pair = _Pair(model, integrand)
@@ -120,7 +120,7 @@ def solve_ode(
         saveat = [saveat, also]
     return run(
         model,
-        diffrax.ODETerm(field),
+        diffrax.ODETerm(Rates(field)),
         t0=ts[0],
         t1=ts[-1],
         dt0=model.dt0,
@@ -151,7 +151,7 @@ class Rates(eqx.Module):
 
     vector_field: Callable
 
-    def __call__(self, t: Array, y: PyTree[Array], args: PyTree[Any]) -> PyTree[Array]:
+    def __call__(self, t: Any, y: PyTree[Array], args: PyTree[Any]) -> PyTree[Array]:
         dy = self.vector_field(t, y, args)
         return jax.tree.map(lambda rate, state: jnp.asarray(rate, state.dtype), dy, y)
 
@@ -163,8 +163,7 @@ class _Pair(eqx.Module):
     integrand: Callable
 
     def vector_field(self, t: Array, y: tuple[PyTree, Array], args: PyTree) -> tuple[PyTree, Array]:
-        rates = Rates(self.model.vector_field)
-        return rates(t, y[0], args), self.integrand(t, y[0], args)
+        return self.model.vector_field(t, y[0], args), self.integrand(t, y[0], args)
 
     def read(self, t: Array, y: tuple[PyTree, Array], args: PyTree) -> tuple[PyTree, Array]:
         return self.model.read(t, y[0], args), y[1]

@@ -23,14 +23,12 @@ class Donors(NamedTuple):
     """Which lanes have a step of their own, and whom the others borrow from."""
 
     healthy: Bool[Array, " lanes"]
-    index: Int[Array, " lanes_or_one"]
+    source: Int[Array, " lanes"]  # itself, or its donor
     best: Int[Array, ""]  # the donor of a lane that shares no constant with a healthy one
 
     def lend(self, tree: PyTree[Array]) -> PyTree[Array]:
         """Lane-wise arrays, with the donor's in lanes that have no step."""
-        own = jnp.arange(self.healthy.shape[0], dtype=self.index.dtype)
-        source = jnp.where(self.healthy, own, self.index)
-        return jax.tree.map(lambda x: x.at[source].get(mode="promise_in_bounds"), tree)
+        return jax.tree.map(lambda x: x.at[self.source].get(mode="promise_in_bounds"), tree)
 
     def lend_const(self, const: Array, has: tuple[bool, ...], batch: Batch) -> Array:
         """A constant on the levels `has`, with the donor's where no lane with a step uses it."""
@@ -48,15 +46,15 @@ class Donors(NamedTuple):
 
 def donors(steps: Int[Array, " lanes"], batch: Batch, consts: list[Array]) -> Donors:
     """The donors of lanes that took no step: whoever took the most, next of kin first."""
-    best, common = jnp.argmax(steps), _common(batch, consts)
+    best, common, own = jnp.argmax(steps), _common(batch, consts), jnp.arange(batch.lanes)
     if common is None:
-        return Donors(steps > 0, best[None], best)
+        return Donors(steps > 0, jnp.where(steps > 0, own, best), best)
     apart = tuple(i for i, h in enumerate(common) if not h)
-    by_level, number = steps.reshape(batch.sizes), jnp.arange(batch.lanes).reshape(batch.sizes)
+    by_level, number = steps.reshape(batch.sizes), own.reshape(batch.sizes)
     most = jnp.max(by_level, axis=apart, keepdims=True)
     kin = jnp.max(jnp.where(by_level == most, number, -1), axis=apart, keepdims=True)
-    index = jnp.broadcast_to(jnp.where(most > 0, kin, best), batch.sizes)
-    return Donors(steps > 0, index.reshape(-1), best)
+    donor = jnp.broadcast_to(jnp.where(most > 0, kin, best), batch.sizes).reshape(-1)
+    return Donors(steps > 0, jnp.where(steps > 0, own, donor), best)
 
 
 def separated(batch: Batch, consts: list[Array]) -> tuple[Batch, list[Array]]:

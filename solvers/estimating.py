@@ -67,7 +67,8 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
     @property
     def root_finder(self):
         """Of an implicit solver: diffrax gives it the tolerances of the controller."""
-        return self.solver.root_finder  # pyright: ignore[reportAttributeAccessIssue]
+        implicit: Any = self.solver
+        return implicit.root_finder
 
     @property
     def term_compatible_contr_kwargs(self):

@@ -114,12 +114,12 @@ def run(
             zero = jax.tree.map(jnp.zeros_like, step.judged)
             c = c._replace(judged=tapes.put(c.judged, row, choose(accept, step.judged, zero)))
         c = _save(traced, consts, start, batch, c, step, accept)
-        restarted = live & c.made_jump
+        cached = bool(jax.tree.leaves(c.cache))
+        if traced.jumps and not cached:  # the solver has evaluated anew by itself
+            c = c._replace(restarts=c.restarts + (live & c.made_jump).astype(jnp.int32))
         c = _advance(c, step, live, accept)
-        if traced.jumps and jax.tree.leaves(c.cache):
+        if traced.jumps and cached:
             c = _refresh(refresh, consts, c, accept)
-        elif traced.jumps:
-            c = c._replace(restarts=c.restarts + restarted.astype(jnp.int32))
         return attempts + 1, c
 
     begin = first(traced, consts, start, batch, max_steps, keep)

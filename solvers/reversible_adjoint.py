@@ -154,7 +154,7 @@ def certificate(
     """Drift and split of a solve, by un-stepping it from its end (or from every stored state)."""
     solver, tape, steps = rehearsed.solver, cast(tapes.Tape, out.tape), out.accepted
     retreat = batch.per_lane(rehearsed.retreat)
-    zero = jnp.zeros_like(mismatch((out.y, out.state), (out.y, out.state)))
+    zero = jnp.zeros(steps.shape, jnp.result_type(*jax.tree.leaves((out.y, out.state))))
 
     def gap(y: PyTree[Array], state: PyTree[Array]) -> Array:
         if not solver.twins:

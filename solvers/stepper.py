@@ -254,25 +254,25 @@ _KNOWN = {
 
 
 def _evaluations(solver, terms, args, t0, t1, y0, state) -> Evaluations:
-    if issubclass(type(solver), diffrax.HalfSolver):
+    kind = type(solver)  # a wrapper is also an instance, as diffrax sees it, of what it wraps
+    if issubclass(kind, diffrax.HalfSolver):
         start, attempt, jump = _evaluations(solver.solver, terms, args, t0, t1, y0, state)
         return Evaluations(start, 3 * attempt, 2 * jump)  # two of the three begin at the jump
-    if issubclass(type(solver), WithEstimates):
+    if issubclass(kind, WithEstimates):
         return _evaluations(solver.solver, terms, args, t0, t1, y0, state.solver_state)
     # Solvers that loop over their stages say how many there are.
-    wrapped = isinstance(solver, diffrax.AbstractWrappedSolver)  # and an instance of what it wraps
-    if isinstance(solver, diffrax.AbstractRungeKutta) and not wrapped:
+    if issubclass(kind, diffrax.AbstractRungeKutta):
         tableau = solver.tableau
         if isinstance(tableau, diffrax.MultiButcherTableau):
             tableau = tableau.tableaus[0]
         stages = tableau.num_stages
         return Evaluations(1, stages - 1, 1) if tableau.fsal else Evaluations(0, stages)
-    if isinstance(solver, diffrax.AbstractSRK) and not wrapped:
+    if issubclass(kind, diffrax.AbstractSRK):
         skipped = solver.tableau.ignore_stage_f
         stages = len(solver.tableau.b_sol)
         return Evaluations(0, stages - (0 if skipped is None else int(sum(skipped))))
-    for kind, cost in _KNOWN.items():
-        if isinstance(solver, kind) and not wrapped:
+    for known, cost in _KNOWN.items():
+        if issubclass(kind, known):
             return cost
     once = _calls(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
     step = _calls(lambda terms: solver.step(terms, t0, t1, y0, args, state, False), terms)
