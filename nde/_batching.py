@@ -102,7 +102,8 @@ class IteratorBatches:
         except StopIteration:
             raise ValueError(
                 f"`data` is an iterator that ended after {self.taken} batches, before the last "
-                "step; lower `steps`, or let it start again (itertools.cycle)."
+                "step; lower `steps`, or let it start again (itertools.cycle). The model so far is "
+                "in `error.model`."
             ) from None
         self.taken += 1
         length = _check_examples(data)

@@ -132,7 +132,7 @@ def stepping(
 def check_steps(steps_per_interval: int | None) -> None:
     """A positive integer, or None."""
     steps = steps_per_interval
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
+    if steps is not None and (not isinstance(steps, int | np.integer) or steps < 1):
         raise ValueError(
             f"`steps_per_interval` is {steps!r}; it is an integer >= 1, or None to let "
             "`stepsize_controller` choose the steps."
@@ -193,10 +193,15 @@ def check_matrix(
 
 
 def _check_inside(ts: Float[Array, " times"], control: AbstractControl) -> None:
-    """The path stands still outside the data: nothing can be predicted there."""
+    """The path stands still outside the data: nothing can be predicted there. It runs forwards."""
     if any(isinstance(x, jax.core.Tracer) for x in (ts, control.ts)):
         return
     wanted, known = np.asarray(ts), (float(control.t0), float(control.t1))
+    if wanted[-1] < wanted[0]:
+        raise ValueError(
+            f"`ts` decreases from {wanted[0]} to {wanted[-1]}, but a path runs forwards; give the "
+            "times in increasing order: ts[::-1]."
+        )
     if wanted.min() < known[0] or wanted.max() > known[1]:
         raise ValueError(
             f"`ts` runs from {wanted.min()} to {wanted.max()} but the path from {known[0]} to "

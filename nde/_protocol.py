@@ -199,7 +199,7 @@ def check_numerics(model: AbstractODE) -> None:
         if not isinstance(value, kind):
             raise ValueError(f"`{name}` is {value!r}; it must be an instance of {kind.__name__}.")
     steps = model.max_steps
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
+    if steps is not None and (not isinstance(steps, int | np.integer) or steps < 1):
         raise ValueError(f"`max_steps` is {steps!r}; it must be an integer >= 1, such as 4096.")
     dt0 = _number(model.dt0)
     if dt0 == 0:

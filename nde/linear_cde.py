@@ -222,7 +222,7 @@ class LinearCDE(eqx.Module):
         check_key(key)
         sizes = {"channels": channels, "hidden": hidden, "out_size": out_size}
         for name, value in (sizes | {"block": block, "depth": depth}).items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1.")
         if hidden % block:
             fits = [size for size in range(1, hidden + 1) if hidden % size == 0]

@@ -8,6 +8,7 @@ decision is part of the compiled step, so nothing waits for the host; losses and
 every few steps.
 """
 
+import contextlib
 import functools
 import textwrap
 import time
@@ -103,8 +104,11 @@ def fit(
         ValueError: for arguments that do not fit, a loss that is not a floating scalar, a gradient
             that is zero.
         NonFiniteError: for data that are not finite, and after `max_skips` skipped steps in a row.
-        nde.solvers.SolveError: if more than a tenth of the solves of a batch fail. Either error has
-            `.model`, as far as it was trained when the error was seen, and `.history`.
+        nde.solvers.SolveError: if more than a tenth of the solves of a batch fail.
+
+        Whatever ends the training early, also an error of the user's iterator or an interrupt from
+        the keyboard, has `.model`, as far as it was trained by then, and `.history` (in a notebook:
+        `sys.last_value.model`).
     """
     job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
     params, fixed, static = _split(model, frozen)
@@ -294,10 +298,11 @@ def _train(
             if index == 0 or (index + 1) % every == 0 or index + 1 == job.steps:
                 for report in reports.fetch():
                     _check_report(job, *report, params)
-    except (NonFiniteError, SolveError) as error:
-        model = eqx.combine(state.params, fixed, static)
-        # A `SolveError` of a single solve has neither.
-        vars(error).update(model=model, history=History(reports.columns(), compile_seconds))
+    except (Exception, KeyboardInterrupt) as error:
+        with contextlib.suppress(Exception):  # where a step itself broke, there is nothing to fetch
+            reports.fetch()
+            model = eqx.combine(state.params, fixed, static)
+            vars(error).update(model=model, history=History(reports.columns(), compile_seconds))
         raise
     finally:
         reports.close()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers.brownian import BrownianGrid
+from nde.solvers.noise import covered
 from nde.solvers.program import Start, code
 
 
@@ -138,7 +139,7 @@ class _Fault(NamedTuple):
     message: str
 
 
-def _faults(start: Start, dt0: Array | None) -> list[_Fault]:
+def _faults(start: Start, dt0: Array | None, terms: PyTree) -> list[_Fault]:
     """The first that holds is reported."""
     t0, t1, tnext = start.tprev, start.t1, start.tnext
     some = lambda test, tree: functools.reduce(jnp.logical_or, (jnp.any(test(x)) for x in tree))
@@ -181,12 +182,21 @@ def _faults(start: Start, dt0: Array | None) -> list[_Fault]:
             "step is about eps * |t0|. Use a larger `dt0`, float64 times, or shift the time so that "
             "`t0` is near 0.",
         ),
+        *(
+            _Fault(
+                ~covers,
+                infinite,
+                "The `BrownianInterval` does not cover the solve: `t0` or `t1` is outside its interval. "
+                "Give it the interval of the solve, in increasing order.",
+            )
+            for _, covers in covered(terms, t0, t1)
+        ),
     ]
 
 
-def stop_bad_start(start: Start, dt0: Array | None, throw: bool) -> Start:
+def stop_bad_start(start: Start, dt0: Array | None, terms: PyTree, throw: bool) -> Start:
     """Stops a solve that cannot start: an error if `throw`, else a result code."""
-    faults = _faults(start, dt0)
+    faults = _faults(start, dt0, terms)
     first, result = jnp.asarray(len(faults)), start.result
     for i, fault in reversed(list(enumerate(faults))):
         first = jnp.where(fault.holds, i, first)

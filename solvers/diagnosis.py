@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import spectrum
 from nde.solvers.causes import Found, judge
+from nde.solvers.noise import covered
 from nde.solvers.repeat import Problem, tolerances
 
 _REPLACED = ("saveat", "adjoint", "throw", "progress_meter")
@@ -178,6 +179,13 @@ def _bad_input(problem: Problem) -> Found | None:
     t0, dt0 = problem.t0, problem.dt0
     if problem.span > 0 and dt0 is not None and t0 + dt0 == t0:
         return _stuck(problem, f"`dt0={dt0}`")
+    for path, covers in covered(problem.terms, t0, problem.t1):
+        if not covers:
+            reason = (
+                f"the Brownian path covers [{path.t0}, {path.t1}] but the solve goes from "
+                f"{t0} to {problem.t1}"
+            )
+            return Found("time_span", None, reason, "Give the path the interval of the solve.")
     return _bad_tolerance(problem)
 
 

@@ -8,6 +8,7 @@ A solver that asks more than once in a step (as `HalfSolver` does), or about oth
 (as `LeapfrogMidpoint` does), or from inside a loop, is not told: then the path answers by itself.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,6 +100,16 @@ def noise_of(stepper: Any, t0: Array, t1: Array, y: PyTree, state: PyTree) -> No
     if out is None or not _halves_agree(jaxpr.jaxpr):
         return None
     return Noise(stepper.terms, tuple(use_levy))
+
+
+def covered(terms: Terms, t0: Array, t1: Array) -> list[tuple[BrownianInterval, Array]]:
+    """The paths among the terms, with whether each covers a solve from t0 to t1."""
+    asked = _asked(terms, lambda terms: _controls(terms, t0, t1))
+    found = []
+    for path, queries in zip(_paths(terms), asked, strict=True):
+        inside = [path.covers(t) for a, b, _ in queries for t in (a, b) if t is not None]
+        found.append((path, functools.reduce(jnp.logical_and, inside, jnp.array(True))))
+    return found
 
 
 def _halves_agree(jaxpr: Any) -> bool:

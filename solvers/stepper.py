@@ -257,7 +257,9 @@ def _evaluations(solver, terms, args, t0, t1, y0, state) -> Evaluations:
     kind = type(solver)  # a wrapper is also an instance, as diffrax sees it, of what it wraps
     if issubclass(kind, diffrax.HalfSolver):
         start, attempt, jump = _evaluations(solver.solver, terms, args, t0, t1, y0, state)
-        return Evaluations(start, 3 * attempt, 2 * jump)  # two of the three begin at the jump
+        # Two of the three begin at the jump, or at the start, where `init` has not evaluated.
+        start *= 2 if isinstance(solver.solver, diffrax.AbstractRungeKutta) else 1
+        return Evaluations(start, 3 * attempt, 2 * jump)
     if issubclass(kind, WithEstimates):
         return _evaluations(solver.solver, terms, args, t0, t1, y0, state.solver_state)
     # Solvers that loop over their stages say how many there are.

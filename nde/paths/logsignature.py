@@ -112,7 +112,7 @@ def log_signature(path: ControlPath, window: int, depth: int) -> LogSignaturePat
         >>> control.ts, control.increments          # (windows + 1,), (windows, coordinates)
     """
     for name, value in (("window", window), ("depth", depth)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1.")
     if not isinstance(path, ControlPath) or path.degree != 1:
         raise ValueError(

@@ -46,7 +46,7 @@ def as_structs(shape: Shape, owner: str) -> PyTree[jax.ShapeDtypeStruct]:
     Raises:
         ValueError: if a leaf is not a real floating-point `jax.ShapeDtypeStruct`.
     """
-    if isinstance(shape, tuple) and all(isinstance(n, int) for n in shape):
+    if isinstance(shape, tuple) and all(isinstance(n, int | np.integer) for n in shape):
         return jax.ShapeDtypeStruct(shape, jnp.result_type(float))
     for leaf in jax.tree.leaves(shape):
         if not isinstance(leaf, jax.ShapeDtypeStruct):

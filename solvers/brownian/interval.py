@@ -177,6 +177,12 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         parts = tuple(jnp.where(outside | short, jnp.nan, x) for x in parts)
         return self._pack(b - a, parts, sign, use_levy), state
 
+    def covers(self, t: Float[Array, ""]) -> Bool[Array, ""]:
+        """Whether `t` lies in the interval, or within a few roundings of it; false for NaN."""
+        t0, t1 = (jnp.asarray(x).astype(t.dtype) for x in (self.t0, self.t1))
+        slack = _ULPS_OUTSIDE * jnp.spacing(jnp.maximum(jnp.abs(t0), jnp.abs(t1)))
+        return (t >= t0 - slack) & (t <= t1 + slack)
+
     def round_down(
         self, t0: Real[Any, ""], t1: Real[Any, ""], *, bits: int = 3
     ) -> Float[Array, ""]:
@@ -247,18 +253,13 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         time = t0 + leaf.astype(dtype) * jnp.ldexp(t1 - t0, -depth)
         return jnp.where(leaf == jnp.int32(1) << depth, t1, time)
 
-    def _outside(self, t) -> Bool[Array, ""]:
-        t0, t1 = (jnp.asarray(x).astype(t.dtype) for x in (self.t0, self.t1))
-        slack = _ULPS_OUTSIDE * jnp.spacing(jnp.maximum(jnp.abs(t0), jnp.abs(t1)))
-        return ~((t >= t0 - slack) & (t <= t1 + slack))  # true for NaN
-
     def _refuse_known(self, a, b) -> None:
         """Raises with the numbers where they are known before the program runs."""
         start, stop = concrete(a), concrete(b)
         if start is None or stop is None or self._known_span() is None:
             return
         for t, value in ((a, start), (b, stop)):
-            if self._outside(t):
+            if not self.covers(t):
                 raise ValueError(
                     f"BrownianInterval was queried at t={value}, outside its interval "
                     f"[`t0`, `t1`] = [{self.t0}, {self.t1}]. Give the path the interval of the solve."
@@ -283,7 +284,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         # The tree has length 1: W and H scale with the root of the interval's length.
         scale = jnp.sqrt(t1 - t0).astype(vector_dtype(self.shape))
         parts = (bridge.pinned(scale * x, zero) for x in bridge.area(whole, zero))
-        outside = self._outside(a) | self._outside(b)
+        outside = ~(self.covers(a) & self.covers(b))
         short = (a != b) & _same_leaf(p, q)
         return tuple(parts), jnp.sign(b - a), state, outside, short
 

@@ -326,6 +326,11 @@ def test_calls_that_cannot_work(model, path, message):
         model()(path())
 
 
+def test_times_that_decrease():
+    with pytest.raises(ValueError, match=r"`ts` decreases from 0.9 to 0.2.*ts\[::-1\]"):
+        neural().trajectory(path_of()(), jnp.array([0.9, 0.2]))
+
+
 def test_times_outside_the_data():
     for ts in ([0.0, 0.5], [0.5, 99.0]):
         with pytest.raises(ValueError, match="outside the data nothing drives the model"):

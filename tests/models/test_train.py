@@ -200,6 +200,29 @@ def test_too_many_failed_solves_stop_with_the_model_so_far():
     np.testing.assert_array_equal(history["failed"], np.where(np.arange(len(history)) < 5, 0, 0.5))
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_what_interrupts_the_training_brings_the_model_so_far(kind):
+    whole = tuple(map(np.asarray, DATA))
+
+    def batches():
+        yield from [whole] * 13
+        raise kind
+
+    with pytest.raises(kind) as caught:
+        fit(START, data=batches(), steps=500)
+    expected, reference = fit(START, steps=13)
+    np.testing.assert_allclose(caught.value.model["w"], expected["w"], rtol=1e-12)
+    np.testing.assert_allclose(caught.value.history["loss"], reference["loss"], rtol=1e-12)
+
+
+def test_a_step_that_breaks_is_reported_as_it_is():
+    def loss(model, batch, key):
+        return eqx.error_if(squares(model, batch, key), batch.step == 5, "broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(START, loss, steps=500)
+
+
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_a_gradient_whose_square_leaves_the_range_of_float32_is_one(size):
     size = jnp.float32(size)

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from oracles import CONSTANT, OURS, PARAMS, Y0, solve
 
+from nde.solvers import BrownianInterval
+
 RAISED = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
@@ -274,3 +276,26 @@ def test_dt0_of_the_wrong_sign():
 def test_without_dt0_the_message_still_names_y0():
     with pytest.raises(RAISED, match="`y0` is not finite"):
         jax.block_until_ready(solve(Y0 * jnp.nan, **(SHORT | dict(dt0=None))).ys)
+
+
+def driven(t0, t1, y0, first, last, throw):
+    path = BrownianInterval(first, last, (3,), jax.random.key(0))
+    noise = dfx.ControlTerm(lambda t, y, args: lx.DiagonalLinearOperator(0.1 * y), path)
+    terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: -y), noise)
+    options = dict(dt0=jnp.sign(t1 - t0) * 0.125, adjoint=OURS, max_steps=16, throw=throw)
+    sol = dfx.diffeqsolve(terms, dfx.EulerHeun(), t0, t1, y0=y0, **options)
+    return sol.ys, sol.result
+
+
+@pytest.mark.parametrize("t0, t1", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_path_that_does_not_cover_the_solve(t0, t1):
+    """Row 42, where the times are known at run time only."""
+    words = ["`BrownianInterval`", "cover the solve", "`t0` or `t1`"]
+    for ends in [(0.0, 0.5), (0.5, 1.0)]:
+        with pytest.raises(RAISED, match=mentions(words)):
+            jax.block_until_ready(driven(t0, t1, Y0, *ends, throw=True))
+    firsts, lasts = jnp.array([0.0, 0.0, 0.25]), jnp.array([1.0, 0.5, 1.0])
+    in_lanes = jax.vmap(lambda first, last: driven(t0, t1, Y0, first, last, throw=False))
+    _, result = in_lanes(firsts, lasts)
+    np.testing.assert_array_equal(result == dfx.RESULTS.successful, [True, False, False])
+    np.testing.assert_array_equal(result == dfx.RESULTS.nonfinite, [False, True, True])

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from failing import CASES, Case, problem
 
-from nde.solvers import BrownianGrid, Diagnosis, StormerVerlet, causes, diagnose, spectrum
+from nde.solvers import (
+    BrownianGrid,
+    BrownianInterval,
+    Diagnosis,
+    StormerVerlet,
+    causes,
+    diagnose,
+    spectrum,
+)
 
 CAUSES = [
     "initial_state", "time_span", "zero_step", "tolerance", "vector_field", "blow_up", "precision",
@@ -104,6 +112,15 @@ def test_noise(where):
     found = diagnose(terms, dfx.Euler(), 0.0, 1.0, 0.01, Y0)
     assert found.cause == "vector_field" and found.t == pytest.approx(0.51, abs=0.011)
     assert ("noise" in found.message) == (where == "diffusion")
+
+
+def test_a_brownian_path_that_ends_before_the_solve():
+    path = BrownianInterval(0.0, 0.5, (2,), jax.random.key(0))
+    diagonal = lambda t, y, args: lx.DiagonalLinearOperator(y)
+    terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: -y), dfx.ControlTerm(diagonal, path))
+    found = diagnose(terms, dfx.EulerHeun(), 0.0, 1.0, 0.01, Y0)
+    assert found.cause == "time_span" and "[0.0, 0.5]" in found.message
+    assert diagnose(terms, dfx.EulerHeun(), 0.0, 0.5, 0.01, Y0).cause is None
 
 
 def test_what_succeeds_is_said_to():

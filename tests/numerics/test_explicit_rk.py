@@ -161,6 +161,7 @@ LOOPS = {
     "ReversibleHeun": dict(solver=dfx.ReversibleHeun(), stepsize_controller=CONSTANT),
     "LeapfrogMidpoint": dict(solver=dfx.LeapfrogMidpoint(), stepsize_controller=CONSTANT),
     "HalfSolver": dict(solver=dfx.HalfSolver(dfx.Heun())),
+    "HalfSolver, FSAL": dict(solver=dfx.HalfSolver(dfx.Tsit5())),
     # diffrax's own FSAL methods evaluate anew in every attempt behind a jump.
     "ReversibleHeun, jumps": dict(solver=dfx.ReversibleHeun(), stepsize_controller=LOOSE),
     "Stepped, jumps": dict(solver=Stepped(), stepsize_controller=LOOSE),
