@@ -2,7 +2,7 @@
 
 Walks of three channels and 512 steps. What a walk has done is not where it is: the label says
 whether the first two channels have run around each other to the left or to the right, the sign of
-their area. Three models of the same size, and the same network in two of them:
+their area. Three models of the same size, with the same network:
 
 - A **neural CDE** takes a step per observation: it sees everything, and takes 512 steps in a row.
 - A **log-ODE of depth 1** takes two steps per window of 128: it sees what a series of five points

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from nde._protocol import Rates, check_precision, check_state, check_times
+from nde._protocol import Rates, check_state, check_times
 from nde._run import run
 from nde.paths import AbstractControl
+from nde.solvers.checks import check_tolerances
 
 
 class KnotSteps(diffrax.AbstractStepSizeController):
@@ -82,7 +83,7 @@ def solve_cde(
     check_state(z0)
     dtype = max(control.ts.dtype, z0.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     control, z0 = jax.tree.map(lambda x: _cast(x, dtype), (control, z0))
-    check_precision(model.stepsize_controller, z0)
+    check_tolerances(model.stepsize_controller, z0)
     check_matrix(matrix, control, z0, args)
     if ts is not None:
         check_times(ts, None)

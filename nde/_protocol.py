@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from nde._run import run
 from nde.solvers import DiscreteAdjoint
+from nde.solvers.checks import check_tolerances
 
 
 class AbstractODE(eqx.Module):
@@ -107,7 +108,7 @@ def solve_ode(
     """
     ts, y0 = checked(ts, y0, model.dt0)
     y0 = model.lift(y0)
-    check_precision(model.stepsize_controller, y0)
+    check_tolerances(model.stepsize_controller, y0)
     check_vector_field(model.vector_field, ts[0], y0, args)
     field: Any = model.vector_field
     controller, read = model.stepsize_controller, model.read
@@ -206,15 +207,7 @@ def check_numerics(model: AbstractODE) -> None:
         raise ValueError("`dt0` is zero; give a step, or `dt0=None` to let the controller choose.")
     if dt0 is not None and not np.isfinite(dt0):
         raise ValueError(f"`dt0` is {dt0}; it must be finite, or `dt0=None`.")
-    rtol, atol = tolerances(model.stepsize_controller)
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"`{name}` is {value}; a tolerance is positive, such as {name}=1e-6.")
-    if rtol == 0 and atol == 0:
-        raise ValueError(
-            "`rtol` and `atol` are both 0: no step can be accepted. At least one must be positive, "
-            "such as rtol=1e-3, atol=1e-6."
-        )
+    check_tolerances(model.stepsize_controller, ())
 
 
 def check_times(ts: Float[Array, " times"], dt0: float | None) -> None:
@@ -289,21 +282,6 @@ def check_state(y0: PyTree[Float[Array, "..."]]) -> None:
         if not _traced(leaf) and not np.isfinite(np.asarray(leaf)).all():
             at = tuple(map(int, np.argwhere(~np.isfinite(np.asarray(leaf)))[0]))
             raise ValueError(f"`{name}` is {leaf[at]} at index {at}; a state must be finite.")
-
-
-def check_precision(
-    controller: diffrax.AbstractStepSizeController, y0: PyTree[Float[Array, "..."]]
-) -> None:
-    """Tolerances that the state's precision cannot resolve: every step would be rejected."""
-    rtol, atol = tolerances(controller)
-    smallest = max(10 * float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y0))
-    if rtol and rtol < smallest and (atol or 0) < smallest:
-        dtype = jnp.result_type(*jax.tree.leaves(y0))
-        raise ValueError(
-            f"`rtol` is {rtol} but the state is {dtype}: the smallest usable value is "
-            f"{smallest:.1e}. Loosen it, or use "
-            'float64: jax.config.update("jax_enable_x64", True).'
-        )
 
 
 def check_vector_field(

@@ -139,9 +139,9 @@ def _checked_loss(
     metrics = dict(metrics)
     results = metrics.pop("result", None)
     for name, metric in metrics.items():
-        if name in COLUMNS or jnp.shape(metric) != ():
+        if name in COLUMNS or not _is_number(metric):
             raise ValueError(
-                f"`loss` returned the metric {name!r} of shape {jnp.shape(metric)}; a metric is a "
+                f"`loss` returned the metric {name!r}, {eqx.tree_pformat(metric)}; a metric is a "
                 f"scalar (jnp.mean) and has a name of its own, none of {COLUMNS}."
             )
     if results is not None:
@@ -149,6 +149,12 @@ def _checked_loss(
     return value, {
         name: jax.lax.stop_gradient(jnp.asarray(metric)) for name, metric in metrics.items()
     }
+
+
+def _is_number(metric: Any) -> bool:
+    if not eqx.is_array_like(metric) or jnp.shape(metric) != ():
+        return False
+    return not jnp.issubdtype(jnp.result_type(metric), jax.dtypes.extended)
 
 
 def _codes(results: Any, mask: Bool[Array, " examples"]) -> Int[Array, " examples"]:

@@ -173,7 +173,7 @@ class Layer(eqx.Module):
 
 class LinearCDE(eqx.Module):
     """One series in, one output out; `jax.vmap` over series is the batch. See the module for the
-    equations.
+    equations. Gradients are in reverse mode, of first order.
 
     Args:
         channels: Channels of the data; time is added.

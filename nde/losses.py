@@ -44,7 +44,7 @@ def mse(
         return jnp.mean((prediction - target) ** 2)
     mask = _entries(mask, target)
     error = jnp.where(mask, prediction, 0.0) - jnp.where(mask, target, 0.0)
-    return jnp.sum(error**2) / jnp.sum(mask, dtype=error.dtype)
+    return jnp.mean(error**2, where=mask)
 
 
 def log_mse(

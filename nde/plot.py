@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,8 @@ __all__ = ["loss", "phase", "trajectories"]
 
 
 def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
-    """The loss by step, on a logarithmic axis, with its running median; skipped steps are marked.
+    """The loss by step, on a logarithmic axis if it is positive, with its running median; skipped
+    steps are marked.
 
     Args:
         history: What `nde.fit` returned, of at least one step.
@@ -47,7 +49,9 @@ def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
             transform=ax.get_xaxis_transform(),
             label="skipped",
         )
-    ax.set(xlabel="step", ylabel="loss", yscale="log")
+    ax.set(xlabel="step", ylabel="loss")
+    if not np.any(rows <= 0):
+        ax.set(yscale="log")
     return ax
 
 
@@ -103,7 +107,7 @@ def _series(name: str, ts: ArrayLike, ys: ArrayLike) -> tuple[np.ndarray, np.nda
             f"`{name}` has times of shape {ts.shape} and values of shape {ys.shape}; one trajectory is "
             "(times,) and (times, channels) or (times,). Draw a batch one by one, on the same axis."
         )
-    return ts, ys.reshape(ts.size, -1)
+    return ts, ys if ys.ndim == 2 else ys[:, None]
 
 
 def phase(
@@ -132,11 +136,25 @@ def phase(
         args: Passed to the field.
         grid: Points of the grid in each direction.
         style: Passed to `Axes.plot` for the trajectories.
+
+    Raises:
+        ValueError: for a field or trajectories that are not planar.
     """
-    ax = _axis(ax)
-    x, y = np.linspace(*xlim, grid), np.linspace(*ylim, grid)
+    x, y = np.linspace(*sorted(xlim), grid), np.linspace(*sorted(ylim), grid)
     points = jnp.asarray(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2), dtype=float)
     rates = jax.vmap(lambda point: vector_field(jnp.asarray(t, dtype=float), point, args))(points)
+    if not eqx.is_array(rates) or rates.shape != points.shape:
+        raise ValueError(
+            "`vector_field` returned one example of "
+            f"{eqx.tree_pformat(jax.tree.map(lambda rate: rate[0], rates))}; a phase portrait needs "
+            "an array of shape (2,)."
+        )
+    if ys is not None and (np.ndim(ys) < 2 or np.shape(ys)[-1] != 2):
+        raise ValueError(
+            f"`ys` has shape {np.shape(ys)}; trajectories in the plane are (..., times, 2): choose "
+            "two channels, ys[..., :2]."
+        )
+    ax = _axis(ax)
     dx, dy = np.moveaxis(np.asarray(rates).reshape(grid, grid, 2), -1, 0)
     ax.streamplot(x, y, dx, dy, color="0.8", linewidth=0.6, arrowsize=0.6, density=1.1, zorder=0)
     if ys is not None:

@@ -40,6 +40,7 @@ FIXED = (
     diffrax.AbstractSolver,
     diffrax.AbstractStepSizeController,
     diffrax.AbstractAdjoint,
+    diffrax.AbstractPath,  # a measured input, a Brownian path: data
     Frozen,
 )
 FIRST_STEP = (jtu.GetAttrKey("dt0"),)  # the field of a model: a number, so no type tells it
@@ -75,7 +76,7 @@ def fit(
     """Train a model: any PyTree whose floating arrays are to be learned.
 
     Everything is compiled once. Not trained are the arrays inside solvers, step-size controllers,
-    adjoints and `nde.hybrid.Frozen`, and the `dt0` of a model.
+    adjoints, paths (a measured input is data) and `nde.hybrid.Frozen`, and the `dt0` of a model.
 
     Args:
         model: A model, or a tuple or dict of models and arrays (such as a model and its initial
@@ -185,6 +186,8 @@ def _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key) ->
     """Check what can be checked before a model is looked at."""
     check_key(key)
     steps, max_skips = _count("steps", steps, 0), _count("max_skips", max_skips, 1)
+    if isinstance(optim, optax.MultiSteps):
+        optim = optim.gradient_transformation()
     if not isinstance(optim, optax.GradientTransformation):
         raise ValueError(f"`optim` is {optim!r}, not an optimizer; write optax.adam(1e-3).")
     order_key, loss_key = jax.random.split(key)

@@ -14,6 +14,7 @@ stability of the method, `done` and `left` the parts of the span. The first that
     imprecise   tolerance < 10 eps, and with 100 eps it ends or gets 3 times further  precision
     coarse      collapsed, 64 spacings of t are long for the field, |t| > 10 span     precision
     stiffness   decay h > 0.3 s, decay tau > 50                                       stiff
+    jump        f changes by half of itself within 8 h, and still within h / 512      unknown
     otherwise   not collapsed                                                         too_few_steps
 
 Collapsed: r > 10 (a + 10), or h < 64 spacings of time, or h < 1e-4 h_max, or the solve did not use up its
@@ -37,6 +38,11 @@ from nde.solvers.repeat import End, Problem, tolerances
 
 _DOMAIN = (
     "Look there for the root or logarithm of a negative number, a division by zero, an overflow."
+)
+_JUMPS = (
+    "If the field jumps at known times, end a step there: "
+    "diffrax.ClipStepSizeController(controller, jump_ts=...). If it jumps where the solution stays, "
+    "make it continuous: tanh(y / width) for sign(y)."
 )
 
 
@@ -146,7 +152,7 @@ def judge(problem: Problem, end: End) -> Found:
     """The first rule that holds."""
     failure = Failure(problem, end)
     looks = (_unstable, _undefined, _escape, _ahead, _singular)
-    counts = (_imprecise, _coarse, _stiffness)
+    counts = (_imprecise, _coarse, _stiffness, _jump)
     known = spectrum.knows_rate(problem.terms, end.t, end.y, problem.args)
     rules = (*looks, *counts, _otherwise) if known else (_otherwise,)
     for rule in rules:
@@ -156,11 +162,7 @@ def judge(problem: Problem, end: End) -> Found:
     if not failure.exhausted:
         text = str(diffrax.RESULTS[end.result]).strip().rstrip(".")
         return Found("unknown", None, text, "Try smaller steps or another solver.")
-    return Found(
-        "unknown", None, "the step size collapsed, the cause is unknown",
-        "If the field jumps there, end a step at the jump: "
-        "diffrax.ClipStepSizeController(controller, jump_ts=...).",
-    )  # fmt: skip
+    return Found("unknown", None, "the step size collapsed, the cause is unknown", _JUMPS)
 
 
 def _unstable(x: Failure) -> Found | None:
@@ -305,6 +307,28 @@ def _implicit(problem: Problem, how: str = "") -> str:
     """The other way out; for noise there is none."""
     noisy = any(map(spectrum.is_noise, spectrum.parts(problem.terms)))
     return "." if noisy else f", or an implicit solver: `diffrax.Kvaerno5()`{how}."
+
+
+def _jump(x: Failure) -> Found | None:
+    """f is not continuous where the solution goes: no step is short enough."""
+    if not (x.exhausted and x.problem.adapts and x.h > 0):
+        return None
+
+    def change(start: float, end: float) -> float:
+        ends = [spectrum.vector(x.ahead(delta)) for delta in (start, end)]
+        return float(np.max(np.abs(ends[1] - ends[0])))
+
+    start, end = 0.0, 8 * x.h
+    if x.ahead(end) is None or not change(start, end) > 0.5 * np.max(np.abs(x.f)):
+        return None
+    for _ in range(12):
+        middle = (start + end) / 2
+        first = change(start, middle) > change(middle, end)
+        start, end = (start, middle) if first else (middle, end)
+    if not change(start, end) > 0.25 * np.max(np.abs(x.f)):
+        return None
+    when = x.t + x.problem.direction * end
+    return Found("unknown", None, f"`vector_field` jumps at about t={when:.6g}", _JUMPS)
 
 
 def _otherwise(x: Failure) -> Found | None:

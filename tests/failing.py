@@ -148,6 +148,7 @@ CASES = {
     "long, constant": Case("too_few_steps", t1=20.0, constant=True),
     # none of these
     "sliding": Case("unknown", "sliding", t1=2.0),
+    "sliding, loose": Case("unknown", "sliding", t1=20.0, rtol=1e-3, atol=1e-6),
     # no failure
     "healthy": Case(None, t1=5.0),
     "healthy, constant": Case(None, constant=True),

@@ -88,8 +88,8 @@ def cleaned(
 
     Times, values without NaN, and which values were observed; of one precision.
     """
+    check_shapes(*(x if eqx.is_array(x) else np.asarray(x) for x in (ts, ys)))
     ts, ys = jnp.asarray(ts), jnp.asarray(ys)
-    check_shapes(ts, ys)
     if length is not None and not jnp.issubdtype(jnp.result_type(length), jnp.integer):
         raise ValueError(f"`length` is {length!r}; it counts the observations: an integer.")
     if not any(isinstance(x, jax.core.Tracer) for x in (ts, ys, length)):

@@ -257,7 +257,15 @@ FITS = [
     (57, ValueError, {"loss": lambda m, b, k: jnp.sum(b.mask)}, ["`loss`", "int64", "jnp.mean"]),
     (57, ValueError, {"loss": lambda m, b, k: None}, ["`loss` returned None", "jnp.mean"]),
     (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], 1.0)}, ["metrics 1.0", "dict"]),
-    (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], m)}, ["metric 'w'", "(3,)"]),
+    (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], m)}, ["metric 'w'", "f64[3]"]),
+    (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], {"a": None})}, ["metric 'a', None"]),
+    (
+        57,
+        ValueError,
+        {"loss": lambda m, b, k: (m["w"][0], {"a": m})},
+        ["metric 'a', {'w': f64[3]}"],
+    ),
+    (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], {"a": k})}, ["metric 'a', key<fry>[]"]),
     (58, ValueError, {"model": {"n": jnp.arange(3)}}, ["nothing to train", "model['n']"]),
     (58, ValueError, {"model": {"w": Frozen(1.0)}}, ["nothing to train", "model['w']"]),
     (58, ValueError, {"frozen": lambda m: m["w"]}, ["nothing to train", "model['w']"]),
@@ -331,6 +339,14 @@ def test_integers_that_jax_would_wrap():
     labels = np.array([0, 2**40])
     with jax.enable_x64(False), pytest.raises(ValueError, match=words(["1099511627776", "int32"])):
         fit(data=labels)
+
+
+def test_tolerances_that_float32_just_resolves():
+    """The model refuses what its adjoint refuses, and no more."""
+    ys = solve(ts=SINGLES, y0=SINGLE, **pid(1e-6, 1e-6))
+    np.testing.assert_allclose(ys[:, 0], np.exp(-np.asarray(TS)), rtol=1e-5)
+    small = solve(ts=SINGLES, y0=1e-9 * SINGLE, **pid(0.0, 1e-13))
+    np.testing.assert_allclose(small[:, 0], 1e-9 * np.exp(-np.asarray(TS)), rtol=1e-3)
 
 
 def test_adaptive_steps_need_an_error_estimate():

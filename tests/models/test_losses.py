@@ -47,6 +47,11 @@ def test_an_empty_mask_is_not_a_loss_of_zero():
     np.testing.assert_equal(float(value), np.nan)
 
 
+def test_more_entries_than_half_precision_counts_to():
+    error, mask = jnp.full(70_000, 0.5, jnp.float16), jnp.ones(70_000, dtype=bool)
+    assert mse(error, jnp.zeros_like(error), mask) == mse(error, jnp.zeros_like(error)) == 0.25
+
+
 @pytest.mark.parametrize(
     "fraction, last", [(1e-6, 1), (0.1, 1), (0.5, 5), (0.51, 6), (1.0, 10), (7.0, 10)]
 )

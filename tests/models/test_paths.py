@@ -313,6 +313,9 @@ def test_what_does_not_fit_together():
         paths.pad_series([])
     with pytest.raises(ValueError, match=r"`series\[0\]` is not a pair"):
         paths.pad_series([TIMES])
+    days = TIMES.astype("datetime64[D]")
+    with pytest.raises(ValueError, match=r"`ts` has dtype datetime64\[D\]"):
+        paths.linear(days, VALUES)
     with pytest.raises(ValueError, match="natural cubic looks ahead"):
         paths.natural_cubic(ts, ys, causal=True)
     with pytest.raises(ValueError, match="not causal piece by piece"):

@@ -80,6 +80,33 @@ def test_phase_shows_the_field_and_where_trajectories_start(ax):
     assert seen
 
 
+def test_a_loss_that_is_not_positive_has_a_linear_axis(ax):
+    values = np.linspace(-1.0, -5.0, 20)
+    plot.loss(History({"loss": values, "skipped": np.zeros(20, bool)}, 0.0), ax)
+    assert ax.get_yscale() == "linear"
+    low, high = ax.get_ylim()
+    assert low < -4.5 and high > -1.5
+
+
+def test_no_observation_in_sight(ax):
+    plot.trajectories(np.arange(4.0), np.zeros((4, 2)), (np.zeros(0), np.zeros((0, 2))), ax)
+    assert [line.get_xdata().size for line in ax.lines] == [4, 0, 4, 0]
+
+
+def test_phase_refuses_what_is_not_planar(ax):
+    draw = lambda field, ys=None: plot.phase(field, (-1.0, 1.0), (1.0, -1.0), ys, ax, grid=4)
+    with pytest.raises(ValueError, match=r"`vector_field` .*\(f64\[\], f64\[\]\).*\(2,\)"):
+        draw(lambda t, y, args: (y[1], -y[0]))
+    with pytest.raises(ValueError, match=r"`vector_field` .* f64\[3\].*\(2,\)"):
+        draw(lambda t, y, args: jnp.ones(3))
+    for shape in [(10, 3), (10,)]:
+        with pytest.raises(ValueError, match=r"`ys` has shape .* ys\[..., :2\]"):
+            draw(lambda t, y, args: y, np.zeros(shape))
+    assert not ax.lines
+    draw(lambda t, y, args: y)
+    assert ax.get_ylim() == (1.0, -1.0)
+
+
 def test_an_axis_is_made_where_none_is_given():
     before = set(plt.get_fignums())
     ax = plot.trajectories(np.arange(3.0), np.arange(3.0))

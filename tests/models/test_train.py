@@ -2,6 +2,7 @@
 
 import itertools
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -321,6 +322,29 @@ def test_the_first_step_is_not_trained(dt0):
     trained, _ = fit(model, optim=optax.adamw(0.1, weight_decay=1.0), steps=2)
     assert float(trained["ode"].dt0) == 0.1
     assert float(trained["parameters"]["dt0"]) < 0.1
+
+
+def test_a_measured_input_is_not_trained():
+    ts = jnp.arange(4.0)
+    inputs = [
+        nde.paths.linear(ts, ts[:, None] ** 2),
+        diffrax.LinearInterpolation(ts, ts**2),
+        diffrax.VirtualBrownianTree(jnp.zeros(()), jnp.ones(()), 0.1, (), key=KEY),
+    ]
+
+    def loss(model, batch, key):
+        first, second, noise = model["inputs"]
+        driven = first.evaluate(0.5)[0] + second.evaluate(0.5) + noise.evaluate(0.5)
+        return squares(model, batch, key) * driven
+
+    trained, _ = fit({"w": jnp.ones(3), "scale": 1.0, "inputs": inputs}, loss, steps=2)
+    assert eqx.tree_equal(trained["inputs"], inputs)
+
+
+def test_steps_of_several_batches():
+    model, _ = fit(START, optim=optax.MultiSteps(optax.sgd(0.1), 3), steps=9)
+    expected, _ = fit(START, steps=3)
+    np.testing.assert_allclose(model["w"], expected["w"], rtol=1e-7)  # optax counts in float32
 
 
 @pytest.mark.parametrize("integer", [np.int64, jnp.int32])
