@@ -140,7 +140,7 @@ def phase(
     Raises:
         ValueError: for a field or trajectories that are not planar.
     """
-    x, y = np.linspace(*sorted(xlim), grid), np.linspace(*sorted(ylim), grid)
+    x, y = (np.linspace(min(lim), max(lim), grid) for lim in (xlim, ylim))
     points = jnp.asarray(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2), dtype=float)
     rates = jax.vmap(lambda point: vector_field(jnp.asarray(t, dtype=float), point, args))(points)
     if not eqx.is_array(rates) or rates.shape != points.shape:
