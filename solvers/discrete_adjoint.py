@@ -93,7 +93,7 @@ class _StoredSolve(AbstractSolve):
     def keep(self, out: Moving) -> replay.Trail:
         return replay.kept_trail(out)
 
-    def pull_back(self, consts, start, batch, kept, ct, wanted) -> Gradients:
+    def pull_back(self, traced, consts, start, batch, kept, ct, wanted) -> Gradients:
         trail = replay.opened(kept)
-        out = replay.run(self.traced, consts, start.ts, batch, trail, ct, wanted, self._states)
+        out = replay.run(traced, consts, start.ts, batch, trail, ct, wanted, self._states)
         return Gradients(out.y, out.state, out.consts)

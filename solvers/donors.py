@@ -44,6 +44,12 @@ class Donors(NamedTuple):
         return choose(used, const, theirs[(None,) * used.ndim])
 
 
+def borrowed(due: Bool[Array, " lanes"], tree: PyTree[Array]) -> PyTree[Array]:
+    """Lane-wise arrays, with those of a lane that is due in the others."""
+    source = jnp.where(due, jnp.arange(due.shape[0]), jnp.argmax(due))
+    return jax.tree.map(lambda x: x.at[source].get(mode="promise_in_bounds"), tree)
+
+
 def donors(steps: Int[Array, " lanes"], batch: Batch, consts: list[Array]) -> Donors:
     """The donors of lanes that took no step: whoever took the most, next of kin first."""
     best, common, own = jnp.argmax(steps), _common(batch, consts), jnp.arange(batch.lanes)
@@ -68,6 +74,14 @@ def separated(batch: Batch, consts: list[Array]) -> tuple[Batch, list[Array]]:
             levels[i] = (True,) * len(has)
         out.append(const)
     return batch._replace(levels=tuple(levels)), out
+
+
+def rejoined(batch: Batch, own: Batch, i: int, total: Array) -> Array:
+    """The cotangent of constant i as it is on the levels of `batch`, from that on those of `own`."""
+    if own.levels[i] == batch.levels[i]:
+        return total
+    flat = total.reshape((batch.lanes, *total.shape[len(batch.sizes) :]))
+    return batch.gather(flat, batch.levels[i])
 
 
 def _common(batch: Batch, consts: list[Array]) -> tuple[bool, ...] | None:

@@ -5,6 +5,7 @@ adjoint adds what it keeps for the backward pass, and the backward pass itself.
 """
 
 import abc
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import diffrax
@@ -14,11 +15,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers import forward, lanes
-from nde.solvers.donors import separated
+from nde.solvers.beside import differentiated
+from nde.solvers.donors import rejoined, separated
 from nde.solvers.forward import Moving
 from nde.solvers.heuristics import Judged
 from nde.solvers.lanes import Batch, Slot
-from nde.solvers.program import Start, Traced, code, from_code, inner_saves, is_inner, saves
+from nde.solvers.program import (
+    Start,
+    Traced,
+    all_finite,
+    code,
+    from_code,
+    inner_saves,
+    is_inner,
+    saves,
+)
 from nde.solvers.stepper import AbstractStepper
 from nde.solvers.tape import Doubling, Every
 
@@ -74,6 +85,7 @@ class AbstractSolve(abc.ABC):
     @abc.abstractmethod
     def pull_back(
         self,
+        traced: Traced,
         consts: list[Array],
         start: Start,
         batch: Batch,
@@ -81,7 +93,9 @@ class AbstractSolve(abc.ABC):
         ct: Cotangents,
         wanted: dict[int, Array],
     ) -> Gradients:
-        """The backward loop. `wanted`: zeros to add the cotangents of constants to."""
+        """The backward loop. `traced.uniform`: all lanes have as many steps. `wanted`: zeros to add
+        the cotangents of constants to.
+        """
 
     def solve(self, start: Start) -> Moving:
         """Runs the forward loop from `start`, in one lane; `vmap` and `grad` follow `lanes`."""
@@ -124,18 +138,22 @@ class AbstractSolve(abc.ABC):
         trail = jax.tree.unflatten(self._kept, kept)
         wanted = {i: _zeros(consts[i], own, i) for i in range(n) if perturbed[i]}
         ct = self._cotangents(cotangents, batch, start)
-        out = self.pull_back(consts, start, own, trail, ct, wanted)
+        out = self.pull_back(self._traced_for(batch), consts, start, own, trail, ct, wanted)
         states = jax.tree.structure(start.state).flatten_up_to(out.state)
-        moved = []
-        for i, total in out.consts.items():
-            if own.levels[i] != batch.levels[i]:
-                flat = total.reshape((batch.lanes, *total.shape[len(batch.sizes) :]))
-                total = batch.gather(flat, batch.levels[i])
-            moved.append(total)
+        moved = [rejoined(batch, own, i, total) for i, total in out.consts.items()]
         for i, leaf in enumerate(jax.tree.leaves(out.y) + states, start=n):
             if perturbed[i]:
                 moved.append(batch.gather(leaf, batch.levels[i]))
         return moved
+
+    def _traced_for(self, batch: Batch) -> Traced:
+        """Lanes whose times or controllers differ may stand at different steps."""
+        n, used = len(self.traced.pool.consts), self.traced.differentiable()
+        start = jax.tree.unflatten(jax.tree.structure(self._start), batch.levels[n:])
+        own = [start.tprev, start.tnext, start.t1, start.controller_state]
+        own += [has for i, has in enumerate(batch.levels[:n]) if i not in used]
+        together = self.traced.uniform and not any(jax.tree.leaves(own))
+        return dataclasses.replace(self.traced, uniform=together)
 
     # --- layout ---
 
@@ -177,16 +195,23 @@ class AbstractSolve(abc.ABC):
         return Cotangents(_filled(ct.y, start.y), _filled(ct.state, start.state), saved, judged)
 
 
-def begin(stepper: AbstractStepper, saveat: diffrax.SaveAt, t1: Array, init_state: Any) -> Start:
-    """Where the loop starts, from what diffrax has prepared."""
+def begin(
+    stepper: AbstractStepper, saveat: diffrax.SaveAt, t1: Array, init_state: Any, passed: bool
+) -> Start:
+    """Where the loop starts, from what diffrax has prepared. `passed`: the solver's state is the user's."""
     ts = tuple(
         jnp.zeros((0,), t1.dtype) if sub.ts is None else sub.ts
         for sub, _ in inner_saves(saveat, init_state)
     )
     arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
+    state = stepper.state(init_state.solver_state)
+    if jax.tree.leaves(state) and not passed:
+        times = (init_state.tprev, init_state.tnext)
+        healthy = all_finite((init_state.y, state))
+        state = differentiated(stepper.init, state, healthy, *times, init_state.y)
     return Start(
         y=init_state.y,
-        state=stepper.state(init_state.solver_state),
+        state=state,
         made_jump=jnp.asarray(init_state.made_jump),
         tprev=jnp.asarray(init_state.tprev, t1.dtype),
         tnext=jnp.asarray(init_state.tnext, t1.dtype),
@@ -219,7 +244,9 @@ def finish(
         "num_rejected_steps": out.rejected, "result": from_code(out.result),
     }  # fmt: skip
     if saveat.solver_state:
-        fields["solver_state"] = stepper.final_state(out.tprev, out.y, out.state)
+        at = (out.tprev, out.y, out.state)
+        state = stepper.final_state(*at)
+        fields["solver_state"] = differentiated(stepper.final_state, state, out.result == 0, *at)
     return eqx.tree_at(
         lambda s: [getattr(s, name) for name in fields],
         final,
@@ -236,8 +263,8 @@ def _outputs(
 
     def output(t, y):
         """What is saved of a state; nothing depends on it where the solve failed."""
-        held = lambda x: jnp.where(out.result == 0, x, jax.lax.stop_gradient(x))
-        return jax.tree.map(held, sub.fn(t, y, args))
+        fn = lambda t, y: jax.tree.map(jnp.asarray, sub.fn(t, y, args))
+        return differentiated(fn, fn(t, y), out.result == 0, t, y)
 
     if inner is not None:
         save, ts, ys, index = inner
@@ -249,7 +276,7 @@ def _outputs(
             ts, ys = jax.lax.cond(t0 == t1, fill, lambda ts, ys: (ts, ys), ts, ys)
             row = jnp.where(t0 == t1, rows.stop, row)
         if save.every:
-            there = (out.accepted > 0) & (out.accepted % save.every == 0)
+            there = out.accepted % save.every == 0
             row, at_end = jnp.where(there, save.rows, row), at_end and save.every > 1
     if sub.t0:
         ts, ys = _write(ts, ys, 0, t0, output(t0, y0))

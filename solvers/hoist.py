@@ -16,12 +16,38 @@ from jaxtyping import Array, PyTree
 from nde.solvers._compat import eval_jaxpr
 
 
+def inputs(eqn: Any) -> list[Any]:
+    """The variables that an equation of a jaxpr reads; no literals."""
+    return [x for x in eqn.invars if not is_literal(x)]
+
+
+def is_literal(x: Any) -> bool:
+    """Whether an atom of a jaxpr is a number, and not a variable."""
+    return hasattr(x, "val")
+
+
+def needed_eqns(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs depend on, in order."""
+    needed, eqns = {x for x in jaxpr.outvars if not is_literal(x)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            eqns.append(eqn)
+            needed.update(inputs(eqn))
+    return eqns[::-1]
+
+
 class Hoisted(NamedTuple):
     """A traced function: `hoisted(consts, *args)`, where `consts` are the pool's arrays in order."""
 
     jaxpr: Any
     uses: tuple[int, ...]  # which arrays of the pool the function depends on
     out: PyTree[jax.ShapeDtypeStruct]
+
+    @property
+    def computes(self) -> bool:
+        """Whether anything is computed from the arguments or the pool, and not only handed on."""
+        given = {*self.jaxpr.invars, *self.jaxpr.constvars}
+        return any(not given.isdisjoint(inputs(eqn)) for eqn in needed_eqns(self.jaxpr))
 
     def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
         """Evaluates the function; every number becomes an array."""

@@ -51,7 +51,7 @@ def run(
     saveat, init_state, dt0 = options["saveat"], options["init_state"], options["dt0"]
     t0, t1, args = options["t0"], options["t1"], options["args"]
     checks.check_options(name, options["max_steps"], saveat, init_state.y)
-    start = begin(stepper, saveat, t1, init_state)
+    start = begin(stepper, saveat, t1, init_state, options["passed_solver_state"])
     start = checks.stop_bad_start(start, dt0, stepper.terms, options["throw"])
     fresh_jumps = init_state.made_jump is not False
     controller = options["stepsize_controller"]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers.brownian import BrownianInterval
+from nde.solvers.hoist import is_literal, needed_eqns
 
 Terms = PyTree[diffrax.AbstractTerm]
 
@@ -114,15 +115,9 @@ def covered(terms: Terms, t0: Array, t1: Array) -> list[tuple[BrownianInterval, 
 
 def _halves_agree(jaxpr: Any) -> bool:
     """Whether the first half of the outputs are the same computations as the second."""
-    is_literal = lambda x: hasattr(x, "val")
-    needed, eqns = {x for x in jaxpr.outvars if not is_literal(x)}, []
-    for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
-            eqns.append(eqn)
-            needed.update(x for x in eqn.invars if not is_literal(x))
     number: dict[Any, int] = {}  # the same for variables that hold the same
     name = lambda x: number.setdefault(("literal", str(x)) if is_literal(x) else x, len(number))
-    for eqn in reversed(eqns):
+    for eqn in needed_eqns(jaxpr):
         made = (eqn.primitive, str(eqn.params), *map(name, eqn.invars))
         for i, x in enumerate(eqn.outvars):
             number[x] = number.setdefault((*made, i), len(number))

@@ -66,12 +66,13 @@ class Save:
     every: int  # every so many steps; 0: not
     at_time: Hoisted | None  # (t0, t1, dense_info, t) -> output
     at_step: Hoisted | None  # (t, y) -> output
+    plain: bool  # y itself
     out: PyTree[jax.ShapeDtypeStruct]
 
     @property
     def is_linear(self) -> bool:
         """Whether outputs can be pulled back without knowing the state: y itself, at steps."""
-        return self.at_time is None and (self.at_step is None or not self.at_step.jaxpr.eqns)
+        return self.at_time is None and self.plain
 
     def row(self, index: Array, accepted: Array) -> Array:
         return self.offset + index + (accepted // self.every if self.every else 0)
@@ -144,7 +145,7 @@ class _Steps:
         """Tries a step; the controller says whether it is kept, and what comes next."""
         made_jump = made_jump if self.jumps else False
         tried = self.knowing(x).attempt(tprev, tnext, y, state, cache, made_jump)
-        finite = _all_finite(tried.y1)
+        finite = all_finite(tried.y1)
         guess, y_error = _guarded(y, tried.y1, tried.y_error, finite)
         order: Any = self.stepper.solver.error_order(self.stepper.terms)
         keep, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
@@ -259,17 +260,19 @@ def inner_saves(saveat: diffrax.SaveAt, state: Any) -> list[tuple[diffrax.SubSav
 
 
 def _trace_save(pool, stepper, sub, saved, start, info) -> Save:
-    evaluate = lambda t0, t1, info, t: sub.fn(
-        t, stepper.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t), stepper.args
+    output = lambda t, y: sub.fn(t, y, stepper.args)
+    evaluate = lambda t0, t1, info, t: output(
+        t, stepper.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
     )
+    plain = not Pool().hoist(output, start.tprev, start.y).jaxpr.eqns
     at_time = at_step = None
     if sub.ts is not None:
         at_time = pool.hoist(evaluate, start.tprev, start.tnext, info, start.t1)
     if sub.steps != 0:
-        at_step = pool.hoist(lambda t, y: sub.fn(t, y, stepper.args), start.tprev, start.y)
+        at_step = pool.hoist(output, start.tprev, start.y)
     out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), saved.ys)
     times = 0 if sub.ts is None else len(sub.ts)
-    return Save(saved.ts.shape[0], int(sub.t0), times, int(sub.steps), at_time, at_step, out)
+    return Save(saved.ts.shape[0], int(sub.t0), times, int(sub.steps), at_time, at_step, plain, out)
 
 
 def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
@@ -293,7 +296,8 @@ def _must_hit(controller: diffrax.AbstractStepSizeController) -> bool:
     return controller.step_ts is not None or controller.jump_ts is not None
 
 
-def _all_finite(y: PyTree[Array]) -> Array:
+def all_finite(y: PyTree[Array]) -> Array:
+    """Whether every number is."""
     finite = jnp.array(True)
     for x in jax.tree.leaves(y):
         finite &= jnp.all(jnp.isfinite(x))
@@ -307,7 +311,7 @@ def _guarded(y0, y1, y_error, finite):
     """
     if y_error is None:
         return y1, None
-    finite &= _all_finite(y_error)
+    finite &= all_finite(y_error)
     guess = jax.tree.map(lambda a, b: jnp.where(finite, a, b), y1, y0)
     return guess, jax.tree.map(lambda e: jnp.where(finite, e, np.inf), y_error)
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 from nde.solvers import tape as tapes
-from nde.solvers.donors import donors
+from nde.solvers.donors import borrowed, donors
 from nde.solvers.engine import Cotangents
 from nde.solvers.forward import Moving, choose
 from nde.solvers.heuristics import Judged
@@ -210,7 +210,7 @@ class Pull:
 
     def load(self, k: Array, state: PyTree[Array]) -> Loaded:
         """Step k from `state` in every lane that has one, else a harmless one."""
-        if not self.traced.uniform:  # else a lane that waits has steps of length zero
+        if not self.traced.uniform:
             mine = k < self.steps
             k, state = jnp.where(mine, k, 0), choose(mine, state, self.first)
         return Loaded(*self.donors.lend((*state, *tapes.times(self.tape, k))))
@@ -304,10 +304,15 @@ class Pull:
         row = jnp.where(due, save.row(ct.ts_index[j], k + 1) - 1, 0)
         ct_out = masked(due, tapes.get(self.saved[j], row))
         at_step = lambda consts, y, t: _inexact(fn(consts, t, y))
-        _, ct_consts, ct_y = self.transpose(at_step, fn.uses, y1, t1, ct_out)
-        return ct._replace(
-            y=jax.tree.map(jnp.add, ct.y, masked(due, ct_y)), consts=added(ct.consts, ct_consts)
-        )
+
+        def pulled() -> Running:
+            # It may have no derivative at a point that is not saved.
+            y, t = (y1, t1) if save.plain else borrowed(due, (y1, t1))
+            _, ct_consts, ct_y = self.transpose(at_step, fn.uses, y, t, ct_out)
+            y = jax.tree.map(jnp.add, ct.y, masked(due, ct_y))
+            return ct._replace(y=y, consts=added(ct.consts, ct_consts))
+
+        return pulled() if save.plain else jax.lax.cond(jnp.any(due), pulled, lambda: ct)
 
     def _at_times(
         self, j, save: Save, fn: Hoisted, k, active, before, t0, t1, dense, ct: Running, ct_dense
@@ -328,8 +333,10 @@ class Pull:
             t, due = last_time(index)
             row = jnp.where(due, save.row(index - 1, jnp.broadcast_to(k, due.shape)), 0)
             ct_out = masked(due, tapes.get(self.saved[j], row))
-            aux = (t0, t1, jnp.where(due, t, t1))
-            _, ct_consts, ct_here = self.transpose(at_time, fn.uses, dense, aux, ct_out)
+            x, aux = dense, (t0, t1, jnp.where(due, t, t1))
+            if not save.plain:
+                x, aux = borrowed(due, (x, aux))
+            _, ct_consts, ct_here = self.transpose(at_time, fn.uses, x, aux, ct_out)
             ct_dense = jax.tree.map(jnp.add, ct_dense, masked(due, ct_here))
             return index - due.astype(jnp.int32), ct_dense, added(ct_all, ct_consts)
 

@@ -128,11 +128,11 @@ class _ReversedSolve(AbstractSolve):
         end = jax.tree.map(lambda x: x[None], (out.y, out.state))
         return replay.kept_trail(out), end
 
-    def pull_back(self, consts, start, batch, kept, ct, wanted) -> Gradients:
+    def pull_back(self, traced, consts, start, batch, kept, ct, wanted) -> Gradients:
         trail, end = kept
         trail, end = replay.opened(trail), jax.tree.map(lambda x: x[0], end)
         args = (consts, start.ts, batch, trail, end, ct, wanted, self._every)
-        out = rewind.run(self.traced, self._rehearsed, *args)
+        out = rewind.run(traced, self._rehearsed, *args)
         return Gradients(out.y, out.state, out.consts)
 
     def examine(self, consts, start, batch, out) -> dict[str, Array]:

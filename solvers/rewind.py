@@ -9,7 +9,7 @@ With a state stored every K accepted steps the loop goes chunk by chunk:
 
     for chunk = last .. 0:
         rewind K steps from the chunk's end, pulling back                      (`rewind`)
-        compare the state that comes out with the stored one                   (mismatch)
+        compare the state that comes out with the stored one                   (_missed)
         if some lane has missed it: replay the chunk from the stored state     (`replay.chunk`)
         go on from the stored state
 
@@ -18,6 +18,8 @@ Where more of a step must be known to pull it back (a nonlinear `SaveAt(fn=...)`
 is undone first and then pulled back as a stored one would be.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -195,7 +197,7 @@ def run(
         length, here = jnp.minimum(every, most - k0), trail.steps > k0
         stored = choose(here, tapes.get(trail.tape.states, k0 // every), end)
         found, rewound = backward.chunk(k0, length, end, ct)
-        missed = here & (mismatch(found, stored) > _tolerance(stored))
+        missed = here & _missed(found, stored)
         redo = lambda kept: replay.chunk(pull, k0, length, stored, ct, kept)
         ct, kept = jax.lax.cond(jnp.any(missed), redo, lambda kept: (rewound, kept), kept)
         return stored, ct, kept
@@ -208,21 +210,26 @@ def run(
 def mismatch(found: PyTree[Array], stored: PyTree[Array]) -> Array:
     """The drift of a reconstruction in each lane: the largest rms over the members, relative to
     1 + |x|; infinite where it is not a number."""
-
-    def rms(a: Array, b: Array) -> Array:
-        error = (a - b) / (1 + jnp.abs(b))
-        return jnp.sqrt(jnp.mean(error**2, axis=tuple(range(1, b.ndim))))
-
-    each = jax.tree.leaves(jax.tree.map(rms, found, stored))
-    worst = each[0]
-    for drift in each[1:]:
-        worst = jnp.maximum(worst, drift)
+    worst = functools.reduce(jnp.maximum, _drifts(found, stored))
     return jnp.where(jnp.isnan(worst), jnp.inf, worst)
 
 
-def _tolerance(tree: PyTree[Array]) -> float:
-    """A reversal that holds is rounding and little more: 256 units of it."""
-    return 256 * max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
+def _missed(found: PyTree[Array], stored: PyTree[Array]) -> Array:
+    """Whether a reversal did not hold: one that does is rounding and little more, 256 units of it."""
+    pairs = zip(_drifts(found, stored), jax.tree.leaves(stored), strict=True)
+    held = [drift <= 256 * float(jnp.finfo(x.dtype).eps) for drift, x in pairs]
+    return ~functools.reduce(jnp.logical_and, held)
+
+
+def _drifts(found: PyTree[Array], stored: PyTree[Array]) -> list[Array]:
+    """The rms of each member in each lane."""
+
+    def rms(a: Array, b: Array) -> Array:
+        error = (a - b) / (1 + jnp.abs(b))
+        entries = max(1, math.prod(b.shape[1:]))
+        return jnp.sqrt(jnp.sum(error**2, axis=tuple(range(1, b.ndim))) / entries)
+
+    return jax.tree.leaves(jax.tree.map(rms, found, stored))
 
 
 class _Backward:

@@ -81,6 +81,10 @@ class AbstractStepper(eqx.Module):
         """The state to start from, given the one that diffrax has prepared."""
         raise NotImplementedError
 
+    def init(self, t0: Array, t1: Array, y0: PyTree[Array]) -> PyTree[Array]:
+        """The state to start from, where the user has passed none."""
+        return self.state(self.solver.init(self.terms, t0, t1, y0, self.args))
+
     def cache(self, t: Array, y: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
         """The cache at (t, y, state)."""
         raise NotImplementedError

@@ -208,3 +208,17 @@ def test_the_certificate_does_not_change_the_gradient():
     plain, _ = gradient(EES27(), ReversibleAdjoint(), steps=100)
     certified, _ = gradient(EES27(), ReversibleAdjoint(certify=True), steps=100)
     np.testing.assert_array_equal(plain, certified)
+
+
+def test_an_empty_member_says_nothing():
+    def certificate(y0):
+        decay = lambda t, y, p: jax.tree.map(lambda x: -p * x, y)
+        adjoint = ReversibleAdjoint(checkpoint_every=2, certify=True)
+        options = dict(adjoint=adjoint, max_steps=8)
+        return dfx.diffeqsolve(
+            dfx.ODETerm(decay), ReversibleHeun(), 0.0, 1.0, 0.25, y0, 1.5, **options
+        ).stats
+
+    alone, beside = (certificate({"b": jnp.array(2.0)} | more) for more in ({}, {"a": jnp.ones(0)}))
+    assert alone["drift"] == beside["drift"] < 1e-12
+    assert alone["split"] == beside["split"] > 0.01

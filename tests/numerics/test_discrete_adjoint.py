@@ -310,6 +310,15 @@ def test_zero_length_solve():
     assert not any(jnp.any(x) for x in jax.tree.leaves(got[1][1]))
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_rows_of_a_zero_length_solve(every):
+    def rows(adjoint):
+        saveat = dfx.SaveAt(t0=True, steps=every, t1=True)
+        return solve(adjoint, Y0, PARAMS, t0=0.5, t1=0.5, dt0=0.1, saveat=saveat, max_steps=4).ys
+
+    np.testing.assert_array_equal(rows(DiscreteAdjoint()), rows(dfx.RecursiveCheckpointAdjoint()))
+
+
 NOISE = dfx.VirtualBrownianTree(0.0, 1.0, tol=2**-8, shape=(3,), key=jax.random.key(1))
 LEVY = dfx.VirtualBrownianTree(
     0.0, 1.0, tol=2**-8, shape=(), key=jax.random.key(1), levy_area=dfx.SpaceTimeLevyArea

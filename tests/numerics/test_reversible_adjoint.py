@@ -379,3 +379,22 @@ def test_a_wrong_step_back_is_seen_without_restarts_and_repaired_with_them(monke
     monkeypatch.setattr(EES27, "_back", forwards)
     assert not error_of(EES27(), None, FEW) < 1e-4
     assert error_of(EES27(), 32, FEW) < EXACT
+
+
+def test_each_member_is_held_to_its_own_precision():
+    """A constant in float32 beside it must not make the drift of a float64 member pass."""
+
+    def loss(q, y0, adjoint):
+        def field(t, y, q):
+            return {"a": jnp.cos(q * y["a"][::-1]) * y["a"], "b": jnp.zeros_like(y["b"])}
+
+        times = (np.float32(0.0), np.float32(3.1), np.float32(0.1))
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field), Reversible(dfx.Midpoint(), 0.55), *times, y0, q, adjoint=adjoint,
+            max_steps=64,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(sol.ys["a"]))
+
+    y0 = {"a": jnp.array([0.7, 0.9]), "b": jnp.ones(2, jnp.float32)}
+    got, want = (jax.grad(loss)(1.5, y0, a) for a in (ReversibleAdjoint(), DiscreteAdjoint()))
+    np.testing.assert_allclose(got, want, rtol=1e-12)

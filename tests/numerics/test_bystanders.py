@@ -1,0 +1,218 @@
+"""Lanes that have nothing to contribute evaluate something all the same, and zero times nan is nan.
+
+So what they evaluate must be harmless: in a lane that failed, that waits for others, or that has no output
+due. The reference is each time the lanes that matter, solved alone.
+"""
+
+import functools as ft
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import DIFFRAX
+
+from nde.solvers import (
+    EES25,
+    AsynchronousLeapfrog,
+    DiscreteAdjoint,
+    ReversibleAdjoint,
+    ReversibleHeun,
+)
+
+DISCRETE, REVERSIBLE = DiscreteAdjoint(), ReversibleAdjoint(checkpoint_every=2)
+PAIRS = {
+    "Tsit5": (dfx.Tsit5(), DISCRETE),
+    "ReversibleHeun, stored": (dfx.ReversibleHeun(), DISCRETE),
+    "ReversibleHeun": (ReversibleHeun(), REVERSIBLE),
+    "leapfrog, stored": (AsynchronousLeapfrog(), DISCRETE),
+    "leapfrog": (AsynchronousLeapfrog(), REVERSIBLE),
+}
+SINE = lambda t, y, args: jnp.sin(args[0] * y + args[1])
+SAVED = {
+    "plain": dfx.SaveAt(t0=True, t1=True),
+    "ends": dfx.SaveAt(t0=True, t1=True, fn=SINE),
+    "end and state": dfx.SaveAt(t1=True, fn=SINE, solver_state=True),
+    "times": dfx.SaveAt(ts=jnp.array([0.0, 0.4, 1.0]), fn=SINE),
+    "steps": dfx.SaveAt(steps=2, t1=True, fn=SINE),
+}
+
+
+def shared(pair, saveat, stop=False):
+    """The loss of a batch: p is shared, the rates are each lane's own, and so are the ends of time."""
+    solver, adjoint = pair
+
+    def loss(p, rates, ys, ends):
+        def lane(rate, y, end):
+            field = lambda t, y, args: -args[1] * jnp.sin(args[0] * y)
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(field), solver, 0.0, end, 0.25, y, (p, rate), adjoint=adjoint,
+                max_steps=6, saveat=saveat, throw=False,
+            )  # fmt: skip
+            tree = (sol.ys, sol.solver_state if saveat.solver_state else None)
+            leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+            total = sum(jnp.sum(jnp.where(jnp.isfinite(x), x, 0.0)) for x in leaves)
+            return jnp.where(sol.result == dfx.RESULTS.successful, total, 0.0)
+
+        return jnp.sum(jax.vmap(lane)(rates, ys, ends))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+
+
+def check_alone(gradient, rates, ys, ends):
+    """Lane 1 of 3 fails: the others are as they are without it."""
+    p, others = jnp.array(1.5), np.array([0, 2])
+    got = gradient(p, *map(jnp.array, (rates, ys, ends)))
+    want = gradient(p, *(jnp.array(x)[others] for x in (rates, ys, ends)))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-13)
+    for of_lanes, alone in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(of_lanes[others], alone, rtol=1e-13)
+        assert of_lanes[1] == 0
+
+
+@pytest.mark.parametrize(
+    "name, saved",
+    [
+        ("Tsit5", "ends"),
+        ("Tsit5", "times"),
+        ("Tsit5", "steps"),
+        ("ReversibleHeun, stored", "plain"),
+        ("ReversibleHeun", "ends"),
+        ("ReversibleHeun", "steps"),
+        ("leapfrog, stored", "end and state"),
+        ("leapfrog", "plain"),
+    ],
+)
+def test_a_failed_lane_is_pulled_back_nowhere(name, saved):
+    """Neither in the loop nor beside it, where the solver begins and outputs at the ends are made."""
+    gradient = shared(PAIRS[name], SAVED[saved])
+    good = [1.0, 1.1, 1.2]
+    check_alone(gradient, [1.0, np.nan, 0.5], good, np.ones(3))  # its own parameter
+    check_alone(gradient, good, [1.0, np.nan, 2.0], np.ones(3))  # its own state
+    if saved != "times":
+        check_alone(gradient, good, good, [1.0, 50.0, 1.0])  # too few steps
+
+
+@pytest.mark.parametrize("saved", ["ends", "end and state"])
+def test_every_lane_may_fail(saved):
+    gradient = shared(PAIRS["leapfrog"], SAVED[saved])
+    grads = gradient(jnp.array(1.5), jnp.ones(2), jnp.full(2, jnp.nan), jnp.ones(2))
+    assert not any(np.any(x) for x in jax.tree.leaves(grads))
+
+
+def test_levels_of_constants_beside_the_loop():
+    """A parameter on one level of two, in an output at the end: both orders of `vmap` and `grad`."""
+
+    def one(adjoint, p, q, y):
+        fn = lambda t, y, args: jnp.sin(args[0] * y) * args[1]
+        return dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -args[1] * y), dfx.Heun(), 0.0, 1.0, 0.25, y, (p, q),
+            adjoint=adjoint, max_steps=6, saveat=dfx.SaveAt(t1=True, fn=fn), throw=False,
+        ).ys[0]  # fmt: skip
+
+    def gradients(adjoint):
+        solve = ft.partial(one, adjoint)
+
+        def total(p, qs, ys):
+            return jnp.sum(jnp.cos(jax.vmap(lambda q: jax.vmap(lambda y: solve(p, q, y))(ys))(qs)))
+
+        p, qs, ys = jnp.array(0.7), jnp.array([0.5, 1.5]), jnp.array([1.0, 2.0, 3.0])
+        gradient = jax.grad(total, argnums=(0, 1, 2))
+        apart = jax.vmap(gradient, in_axes=(None, 0, None))(p, qs[:, None], ys)
+        rows = jax.vmap(jax.jacrev(solve, argnums=(0, 1)), in_axes=(None, None, 0))(p, qs[0], ys)
+        return gradient(p, qs, ys), apart, rows
+
+    found = [gradients(adjoint) for adjoint in (DISCRETE, DIFFRAX)]
+    for got, want in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+# --- outputs without a derivative ----------------------------------------------------------------
+
+
+def through_zero(p, y0, saveat, solver, adjoint):
+    """y = y0 + t, with outputs that have no derivative where y = 0."""
+    return dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, p: jnp.ones_like(y)), solver, 0.0, 1.0, 0.25, y0, p,
+        adjoint=adjoint, max_steps=4, saveat=saveat,
+    ).ys.sum()  # fmt: skip
+
+
+def norm(t, y, p):
+    return jnp.linalg.norm(p * y)
+
+
+@pytest.mark.parametrize(
+    "solver, adjoint", [(dfx.Euler(), DISCRETE), (ReversibleHeun(), REVERSIBLE)]
+)
+def test_a_step_that_is_not_saved_is_not_pulled_back(solver, adjoint):
+    """y = 0 after the first step; saved are the second and the fourth."""
+    saveat = dfx.SaveAt(steps=2, fn=norm)
+    y0 = jnp.array([-0.25, -0.25])
+    got = jax.grad(through_zero)(2.0, y0, saveat, solver, adjoint)
+    np.testing.assert_allclose(got, np.sqrt(2) * (0.25 + 0.75), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "solver, adjoint", [(dfx.Euler(), DISCRETE), (ReversibleHeun(), REVERSIBLE)]
+)
+def test_a_lane_with_nothing_due_is_not_pulled_back(solver, adjoint):
+    """While the other lane has an output in a step, the end of that step is where y = 0."""
+    ys, ts = jnp.array([[-0.25, -0.25], [1.0, 1.0]]), jnp.array([[0.4, 0.9], [0.1, 0.6]])
+
+    def total(p):
+        run = lambda y, t: through_zero(p, y, dfx.SaveAt(ts=t, fn=norm), solver, adjoint)
+        return jnp.sum(jax.vmap(run)(ys, ts))
+
+    want = np.sqrt(2) * (0.15 + 0.65 + 1.1 + 1.6)
+    np.testing.assert_allclose(jax.grad(total)(2.0), want, rtol=1e-12)
+
+
+# --- lanes that wait -----------------------------------------------------------------------------
+
+
+def emptied(p, y0, t1):
+    """Torricelli's law by Euler's method, which empties the tank of lane 0 in one step exactly."""
+    return dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, g: -jnp.sqrt(2.0 * g * y)), dfx.Euler(), 0.0, t1, 0.25, y0, p,
+        adjoint=DISCRETE, max_steps=32,
+    ).ys.sum()  # fmt: skip
+
+
+def ended(p, y0, t1, solver, adjoint):
+    """A field that ends where the solve of lane 0 does."""
+    return dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, p: jnp.sqrt(p * y0 - t) + 0.0 * y), solver, 0.0, t1, 0.25, 1.0, p,
+        adjoint=adjoint, max_steps=8,
+    ).ys.sum()  # fmt: skip
+
+
+def stepped(p, y0, t1):
+    """The same, the steps being those of a controller that differs from lane to lane."""
+    return dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, p: jnp.sqrt(p * y0 - t) + 0.0 * y), dfx.Midpoint(), 0.0, 1.0, None,
+        1.0, p, stepsize_controller=dfx.StepTo(jnp.array([0.0, 0.25, 0.5, 1.0]) ** t1),
+        adjoint=DISCRETE, max_steps=8,
+    ).ys.sum()  # fmt: skip
+
+
+WAITING = {
+    "Euler": (emptied, 8.0, [1.0, 100.0], [0.25, 0.75]),
+    "Midpoint": (lambda *x: ended(*x, dfx.Midpoint(), DISCRETE), 1.0, [1.0, 9.0], [1.0, 1.5]),
+    "leapfrog": (
+        lambda *x: ended(*x, AsynchronousLeapfrog(), REVERSIBLE), 1.0, [1.0, 9.0], [1.0, 1.5],
+    ),
+    "EES25": (lambda *x: ended(*x, EES25(), REVERSIBLE), 1.0, [1.0, 9.0], [1.0, 1.5]),
+    "StepTo": (stepped, 1.0, [1.0, 9.0], [1.0, 2.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_lane_that_waits_does_so_where_it_began(name):
+    """With constant steps: at its end the field may have no derivative."""
+    lane, p, ys, ends = WAITING[name]
+    ys, ends = jnp.array(ys), jnp.array(ends)
+    got = jax.grad(lambda p: jnp.sum(jax.vmap(lambda y, t: lane(p, y, t))(ys, ends)))(p)
+    want = sum(jax.grad(lane)(p, y, t) for y, t in zip(ys, ends, strict=True))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
