@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from oracles import DIFFRAX
 
+from nde._controlled import KnotSteps
 from nde.solvers import (
     EES25,
     AsynchronousLeapfrog,
@@ -188,12 +189,11 @@ def ended(p, y0, t1, solver, adjoint):
     ).ys.sum()  # fmt: skip
 
 
-def stepped(p, y0, t1):
+def knotted(p, y0, knots):
     """The same, the steps being those of a controller that differs from lane to lane."""
     return dfx.diffeqsolve(
         dfx.ODETerm(lambda t, y, p: jnp.sqrt(p * y0 - t) + 0.0 * y), dfx.Midpoint(), 0.0, 1.0, None,
-        1.0, p, stepsize_controller=dfx.StepTo(jnp.array([0.0, 0.25, 0.5, 1.0]) ** t1),
-        adjoint=DISCRETE, max_steps=8,
+        1.0, p, stepsize_controller=KnotSteps(knots, 1), adjoint=DISCRETE, max_steps=8,
     ).ys.sum()  # fmt: skip
 
 
@@ -204,7 +204,7 @@ WAITING = {
         lambda *x: ended(*x, AsynchronousLeapfrog(), REVERSIBLE), 1.0, [1.0, 9.0], [1.0, 1.5],
     ),
     "EES25": (lambda *x: ended(*x, EES25(), REVERSIBLE), 1.0, [1.0, 9.0], [1.0, 1.5]),
-    "StepTo": (stepped, 1.0, [1.0, 9.0], [1.0, 2.0]),
+    "knots": (knotted, 1.0, [1.0, 9.0], [[0.0, 0.5, 1.0, 1.0], [0.0, 0.25, 0.5, 1.0]]),
 }  # fmt: skip
 
 
