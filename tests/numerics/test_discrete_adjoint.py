@@ -8,33 +8,9 @@ import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
+from oracles import PARAMS, Y0, field, relative, weigh
 
 from nde.solvers import DiscreteAdjoint
-
-PARAMS = {
-    "w": jnp.array([[0.4, 1.5, -0.2], [-1.6, -0.3, 0.7], [0.3, -0.5, 0.1]]),
-    "b": jnp.array([0.1, -0.2, 0.3]),
-}
-Y0 = jnp.array([0.8, -0.4, 0.5])
-
-
-def field(t, y, args):
-    return jnp.tanh(args["w"] @ y + args["b"] * jnp.sin(3.0 * t)) - 0.1 * y
-
-
-def relative(got, want):
-    leaves = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    return max(float(jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + 1e-30)) for a, b in leaves)
-
-
-def weigh(ys):
-    """A loss that notices every saved number, and ignores rows that were not reached."""
-    total = 0.0
-    for leaf in jax.tree.leaves(ys):
-        weights = jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
-        reached = jnp.isfinite(leaf)
-        total += jnp.sum(jnp.where(reached, weights * jnp.sin(jnp.where(reached, leaf, 0.0)), 0.0))
-    return total
 
 
 def unrolled(solver, times, y0, params, ts=None):
