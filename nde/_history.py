@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+MOST_FAILED = 0.1  # of the solves of a batch
+HIDDEN = ("reason", "skips", "result")  # looked at once, and not kept
+
 
 class History:
     """One row per training step: `history["loss"]`, `history.columns`.
@@ -40,11 +43,15 @@ class History:
 
     @property
     def final_loss(self) -> float:
-        """Mean loss of the last tenth of the steps; inf if one of them was skipped."""
+        """Mean loss of the last tenth of the steps; inf if one of them was skipped, or more than a
+        tenth of its solves failed.
+        """
         if not len(self):
             return np.inf
         last = slice(-max(1, len(self) // 10), None)
-        return np.inf if self["skipped"][last].any() else float(self["loss"][last].mean())
+        failed = self.columns.get("failed", np.zeros(len(self)))[last]
+        bad = self["skipped"][last].any() or (failed > MOST_FAILED).any()
+        return np.inf if bad else float(self["loss"][last].mean())
 
     def summary(self) -> str:
         """A table of the columns: first value, last value, smallest and largest."""
@@ -80,7 +87,7 @@ class Reports:
         self.pending = []
         now, last = time.perf_counter() - self.began, self.times[-1] if self.times else 0.0
         self.times += np.linspace(last, now, len(fetched) + 1)[1:].tolist()
-        self.records += fetched
+        self.records += [{k: v for k, v in row.items() if k not in HIDDEN} for row in fetched]
         if self.shown is not None:
             self.shown.update(len(fetched), fetched[-1])
         return list(enumerate(fetched, start=first))
@@ -92,8 +99,7 @@ class Reports:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Name to array, the first axis one row per step."""
-        hidden = ("reason", "skips", "result")
-        names = [name for name in self.records[0] if name not in hidden] if self.records else []
+        names = list(self.records[0]) if self.records else []
         columns = {name: np.stack([record[name] for record in self.records]) for name in names}
         return columns | {"seconds": np.asarray(self.times)}
 

@@ -55,7 +55,7 @@ def make_step(
                 updates,
                 optax.apply_updates(state.params, updates),
                 opt_state,
-                _norm(grads),
+                gradient_norm(grads),
             )
 
         (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
@@ -103,12 +103,19 @@ def strongly_typed(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype), tree)
 
 
-def _norm(tree: PyTree[Array]) -> Float[Array, ""]:
-    """Euclidean. In units of the largest entry: below 1e-19, squares underflow in float32."""
+def gradient_norm(tree: PyTree[Array]) -> Float[Array, ""]:
+    """Euclidean, in float32 at least: first leaf by leaf, which is also faster to compile."""
     leaves = jax.tree.leaves(tree)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves]))
+    dtype = max((leaf.dtype for leaf in leaves), key=lambda dtype: jnp.finfo(dtype).bits)
+    dtype = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    return _scaled_norm(jnp.stack([_scaled_norm(leaf.astype(dtype)) for leaf in leaves]))
+
+
+def _scaled_norm(x: Array) -> Float[Array, ""]:
+    """In units of the largest entry: below 1e-19, squares underflow in float32."""
+    largest = jnp.max(jnp.abs(x), initial=0.0)
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    return scale * jnp.sqrt(sum(jnp.sum((leaf / scale) ** 2) for leaf in leaves))
+    return scale * jnp.sqrt(jnp.sum((x / scale) ** 2))
 
 
 def _first_not_finite(value: Float[Array, ""], grads: PyTree, updates: PyTree) -> Int[Array, ""]:

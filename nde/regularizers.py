@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from nde._protocol import AbstractODE, Rates, check_key, checked, solve_ode, tolerances
-from nde.solvers import Estimates, WithEstimates
+from nde.solvers import DiscreteAdjoint, Estimates, WithEstimates
 
 __all__ = [
     "error_and_stiffness",
@@ -164,10 +164,15 @@ def local(
     direction = _direction(ts)
     terms, s, s_end = _forward(model, direction), direction * t, direction * t_end
     if not biased:
-        s_end = jnp.minimum(s_end, _first_step(model, solver, terms, s, s_end, y, args, direction))
+        first = _first_step(model, solver, terms, s, s_end, y, args, direction)
+        s_end = jnp.where(usable, jnp.minimum(s_end, first), s_end)
     s, s_end, y = jax.lax.stop_gradient((s, s_end, y))
-    state = solver.init(terms, s, s_end, y, args)
-    *_, state, _ = solver.step(terms, s, s_end, y, args, state, False)
+    # One step of a solve, which leaves out lanes without a step: there the field may be undefined.
+    step = diffrax.diffeqsolve(
+        terms, solver, s, s_end, s_end - s, y, args, saveat=diffrax.SaveAt(solver_state=True),
+        adjoint=DiscreteAdjoint(), max_steps=1, throw=False,
+    )  # fmt: skip
+    state: Any = step.solver_state
     name = f"{of}_estimate"
     if name not in state.estimates:
         raise ValueError(

@@ -26,7 +26,7 @@ import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from nde._batching import ArrayBatches, Batch, IteratorBatches, as_integer, make_batches
-from nde._history import History, Reports
+from nde._history import MOST_FAILED, History, Reports
 from nde._protocol import check_key
 from nde._training_step import initial_state, leaf_paths, make_step, reasons, strongly_typed
 from nde.hybrid import Frozen
@@ -35,7 +35,6 @@ from nde.solvers.program import from_code
 
 __all__ = ["Batch", "History", "NonFiniteError", "fit", "multi_start"]
 
-MOST_FAILED = 0.1  # of the solves of a batch
 FIXED = (
     diffrax.AbstractSolver,
     diffrax.AbstractStepSizeController,

@@ -169,12 +169,19 @@ def solve(program: Program, operands: Sequence[Array]) -> list[Array]:
 
 
 def _run_solve(*operands, program: Program, sizes, levels, keep):
+    if 0 in sizes:
+        avals = _solve_avals(program=program, sizes=sizes, levels=levels, keep=keep)
+        return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
     operands = [jnp.asarray(x) for x in operands]  # a literal arrives as a Python number
     return program.forward(operands, Batch(sizes, levels), keep)
 
 
 def _run_pullback(*args, program: Program, sizes, levels, outer, perturbed, given):
     args = [jnp.asarray(x) for x in args]
+    if 0 in sizes:
+        axes = dict(sizes=sizes, levels=levels, outer=outer, perturbed=perturbed)
+        avals = _pullback_avals(*args, program=program, given=given, **axes)
+        return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
     n, m = len(levels), len(program.kept)
     operands, kept, cts = args[:n], args[n : n + m], iter(args[n + m :])
     cotangents = [next(cts) if g else None for g in given]

@@ -130,6 +130,7 @@ def replay(
 
     def step(k, carry):
         loaded, states, memory = carry
+        k = jnp.asarray(k, jnp.int32)  # a number under `jax.disable_jit`
         (y, inner), memory = pull.advance(loaded, memory)
         after = choose(k + 1 < pull.steps, (y, inner), (loaded.y, loaded.state))
         return pull.load(k + 1, after), tapes.put(states, row(k + 1), after), memory

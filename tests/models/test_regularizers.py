@@ -211,6 +211,24 @@ def test_steer_of_an_end_time():
     assert abs(ends.mean() - 1) < 0.04
 
 
+@pytest.mark.parametrize("of", ["error", "stiffness"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_local_where_the_field_is_undefined_leaves_the_others_alone(biased, of):
+    """Zero times nan must not reach the rate, which all examples share."""
+    local = functools.partial(regularizers.local, biased=biased, of=of)
+    ts, y0s, keys = jnp.asarray(TS), jnp.array([-1.0, 2.0, jnp.nan]), jax.random.split(KEY, 3)
+
+    def total(rate, y0s, keys):
+        model = nde.NeuralODE(lambda t, y, args: -rate * jnp.sqrt(y), max_steps=16)
+        run = lambda y0, key: local(model, ts / 4, y0[None], key=key)[1]
+        return jnp.sum(jax.vmap(run)(y0s, keys))
+
+    found = jax.value_and_grad(total)(jnp.array(0.5), y0s, keys)
+    expected = jax.value_and_grad(total)(jnp.array(0.5), y0s[1:2], keys[1:2])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert expected[1] != 0
+
+
 @pytest.mark.parametrize("direction", [1.0, -1.0])
 def test_kinetic_energy_and_jacobian_of_a_rotation(direction):
     model, inputs = linear(ROTATION, **TIGHT), (direction * jnp.asarray(TS), jnp.asarray(Y0))

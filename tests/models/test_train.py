@@ -12,6 +12,8 @@ import pytest
 
 import nde
 from nde._batching import make_batches
+from nde._history import Reports
+from nde._training_step import gradient_norm
 from nde.solvers import SolveError
 from nde.train import NonFiniteError, multi_start
 
@@ -237,6 +239,19 @@ def test_a_gradient_whose_square_leaves_the_range_of_float32_is_one(size):
     np.testing.assert_allclose(model, 0.9, rtol=1e-6)
 
 
+def test_the_norm_of_a_gradient_in_half_precision():
+    entries = jnp.full(2, 60_000.0, jnp.float16)
+    np.testing.assert_allclose(gradient_norm([entries]), 60_000 * np.sqrt(2), rtol=1e-6)
+
+
+def test_the_program_of_the_norm_grows_with_the_number_of_arrays_and_no_faster():
+    def size(number):
+        arrays = [jnp.full(3, float(i)) for i in range(number)]
+        return len(jax.jit(gradient_norm).lower(arrays).compile().as_text())
+
+    assert size(40) < 2.5 * size(20)
+
+
 def test_nine_in_a_row_do_not_stop():
     def loss(model, batch, key):
         bad = (batch.step >= 3) & (batch.step < 12)
@@ -275,6 +290,27 @@ def test_a_start_that_diverges_stops_alone():
     np.testing.assert_allclose(models[0]["w"], w, rtol=1e-12)
     assert not histories[0]["skipped"].any()
     assert histories[1]["skipped"].all()
+
+
+def test_a_start_whose_solves_fail_is_not_the_best():
+    first = key_number(jax.random.split(jax.random.split(KEY)[0], 2)[0])
+
+    def make(key):
+        return {
+            "w": jnp.zeros(3),
+            "scale": jnp.ones(()),
+            "bad": jnp.asarray(key_number(key) == first),
+        }
+
+    def loss(model, batch, key):
+        easy = jnp.where(model["bad"], 1e-3, 1.0) * squares(model, batch, key)
+        return easy, {"failed": jnp.where(model["bad"], 0.7, 0.0)}
+
+    models, histories = multi_start(
+        make, loss, DATA, starts=2, optim=optax.sgd(0.1), steps=20, progress=False, key=KEY
+    )
+    assert [bool(model["bad"]) for model in models] == [False, True]
+    assert histories[1].final_loss == np.inf and histories[1]["loss"][-1] < 1e-2
 
 
 def test_functions_of_the_starts_may_be_made_again():
@@ -371,6 +407,15 @@ def test_summary_and_columns_tell_the_run():
     assert "12 steps" in text and f"{history['loss'][-1]:.4g}" in text
     with pytest.raises(KeyError, match="`nfe` is not in the history"):
         history["nfe"]
+
+
+def test_results_of_examples_are_looked_at_and_not_kept():
+    reports = Reports(1, progress=False)
+    reports.add({"loss": jnp.array(1.0), "result": jnp.zeros(1000, int)})
+    [(_, record)] = reports.fetch()
+    assert record["result"].shape == (1000,)
+    assert sorted(reports.columns()) == ["loss", "seconds"]
+    assert "result" not in reports.records[0]
 
 
 def test_no_steps_change_nothing():
