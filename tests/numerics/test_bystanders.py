@@ -77,10 +77,10 @@ def check_alone(gradient, rates, ys, ends):
     [
         ("Tsit5", "ends"),
         ("Tsit5", "times"),
-        ("Tsit5", "steps"),
+        pytest.param("Tsit5", "steps", marks=pytest.mark.slow),
         ("ReversibleHeun, stored", "plain"),
         ("ReversibleHeun", "ends"),
-        ("ReversibleHeun", "steps"),
+        pytest.param("ReversibleHeun", "steps", marks=pytest.mark.slow),
         ("leapfrog, stored", "end and state"),
         ("leapfrog", "plain"),
     ],
@@ -208,7 +208,13 @@ WAITING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WAITING)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "leapfrog" else name
+        for name in WAITING
+    ],
+)
 def test_a_lane_that_waits_does_so_where_it_began(name):
     """With constant steps: at its end the field may have no derivative."""
     lane, p, ys, ends = WAITING[name]
