@@ -339,6 +339,12 @@ def check_callable(name: str, function: Any, arguments: str) -> None:
         ) from error
 
 
+def check_count(name: str, value: Any) -> None:
+    """`value` is a positive integer."""
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1.")
+
+
 def check_key(key: Any) -> None:
     """`key` is one new-style random key."""
     hint = "Pass one key: jax.random.key(0)."

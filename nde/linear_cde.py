@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from nde._protocol import check_callable, check_key, check_times
+from nde._protocol import check_callable, check_count, check_key, check_times
 from nde._recurrence import by_platform, in_chunks, in_order, product
 
 __all__ = [
@@ -222,8 +222,7 @@ class LinearCDE(eqx.Module):
         check_key(key)
         sizes = {"channels": channels, "hidden": hidden, "out_size": out_size}
         for name, value in (sizes | {"block": block, "depth": depth}).items():
-            if not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1.")
+            check_count(name, value)
         if hidden % block:
             fits = [size for size in range(1, hidden + 1) if hidden % size == 0]
             raise ValueError(

@@ -155,18 +155,15 @@ def local(
     ts, y0 = checked(ts, y0, model.dt0)
     draw = _drawn_step if biased else _drawn_time
     solution, *drawn = draw(model, ts, y0, args, key)
-    # Otherwise a step of length 0 from the start: a state of inf would make the gradient nan.
+    t, t_end, y = drawn
     usable = diffrax.is_okay(solution.result) & (solution.stats["num_accepted_steps"] > 0)
-    start = [ts[0], ts[0], model.lift(y0)]
-    t, t_end, y = jax.tree.map(lambda x, x0: jnp.where(usable, x, x0), drawn, start)
     rtol, atol = tolerances(model.stepsize_controller)
     solver = WithEstimates(model.solver, rtol, atol)
     direction = _direction(ts)
     terms, s, s_end = _forward(model, direction), direction * t, direction * t_end
     if not biased:
-        first = _first_step(model, solver, terms, s, s_end, y, args, direction)
-        s_end = jnp.where(usable, jnp.minimum(s_end, first), s_end)
-    s, s_end, y = jax.lax.stop_gradient((s, s_end, y))
+        s_end = jnp.minimum(s_end, _first_step(model, solver, terms, s, s_end, y, args, direction))
+    s, s_end, y = jax.lax.stop_gradient((s, jnp.where(usable, s_end, s), y))
     # One step of a solve, which leaves out lanes without a step: there the field may be undefined.
     step = diffrax.diffeqsolve(
         terms, solver, s, s_end, s_end - s, y, args, saveat=diffrax.SaveAt(solver_state=True),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from nde.solvers import lanes
 from nde.solvers.donors import donors, rejoined, separated
-from nde.solvers.forward import choose
+from nde.solvers.forward import masked
 from nde.solvers.hoist import Hoisted, Pool
 from nde.solvers.lanes import Batch, Slot
 
@@ -67,13 +67,13 @@ class _Beside:
         given = zip(operands[first - 1 :], batch.levels[first - 1 :], strict=True)
         healthy, *args = [batch.spread(x, has) for x, has in given]
         who = donors(healthy.astype(jnp.int32), own, consts)
-        consts = [who.lend_const(x, has, own) for x, has in zip(consts, own.levels, strict=False)]
+        consts = who.lend_consts(consts, own)
         x, aux = eqx.partition(who.lend(args), eqx.is_inexact_array)
-        ct_out = choose(healthy, *self._filled(cotangents, batch))
+        ct_out = masked(healthy, self._filled(cotangents, batch))
 
         def pulled():
             _, ct_consts, ct_x = own.pull(self._inexact, perturbed[:n])(consts, x, aux, ct_out)
-            return ct_consts, choose(healthy, ct_x, jax.tree.map(jnp.zeros_like, ct_x))
+            return ct_consts, masked(healthy, ct_x)
 
         blank = lambda s: jnp.zeros(s.shape, s.dtype)
         none = lambda: jax.tree.map(blank, jax.eval_shape(pulled))
@@ -85,12 +85,12 @@ class _Beside:
                 moved.append(batch.gather(ct, batch.levels[i]))
         return moved
 
-    def _filled(self, cotangents: list[Array | None], batch: Batch) -> tuple[list[Array], ...]:
-        """Cotangents of the inexact results with a flat lane axis, and zeros of their shapes."""
+    def _filled(self, cotangents: list[Array | None], batch: Batch) -> list[Array]:
+        """Cotangents of the inexact results, zero where missing, with a flat lane axis."""
         slots = [slot for slot in self.results if slot.differentiable]
         zeros = [jnp.zeros((batch.lanes, *slot.shape), slot.dtype) for slot in slots]
         pairs = zip(cotangents, zeros, strict=True)
-        return [zero if ct is None else ct.reshape(zero.shape) for ct, zero in pairs], zeros
+        return [zero if ct is None else ct.reshape(zero.shape) for ct, zero in pairs]
 
     def _inexact(self, consts: list[Array], x: list[Any], aux: list[Any]) -> list[Array]:
         args = jax.tree.unflatten(self.tree, eqx.combine(x, aux))

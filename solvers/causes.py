@@ -314,20 +314,20 @@ def _jump(x: Failure) -> Found | None:
     if not (x.exhausted and x.problem.adapts and x.h > 0):
         return None
 
-    def change(start: float, end: float) -> float:
-        ends = [spectrum.vector(x.ahead(delta)) for delta in (start, end)]
-        return float(np.max(np.abs(ends[1] - ends[0])))
-
-    start, end = 0.0, 8 * x.h
-    if x.ahead(end) is None or not change(start, end) > 0.5 * np.max(np.abs(x.f)):
+    at = lambda delta: (delta, spectrum.vector(x.ahead(delta)))
+    change = lambda start, end: np.max(np.abs(end[1] - start[1]))
+    if x.ahead(8 * x.h) is None:
+        return None
+    start, end = (0.0, x.f), at(8 * x.h)
+    if not change(start, end) > 0.5 * np.max(np.abs(x.f)):
         return None
     for _ in range(12):
-        middle = (start + end) / 2
+        middle = at((start[0] + end[0]) / 2)
         first = change(start, middle) > change(middle, end)
         start, end = (start, middle) if first else (middle, end)
     if not change(start, end) > 0.25 * np.max(np.abs(x.f)):
         return None
-    when = x.t + x.problem.direction * end
+    when = x.t + x.problem.direction * end[0]
     return Found("unknown", None, f"`vector_field` jumps at about t={when:.6g}", _JUMPS)
 
 

@@ -28,9 +28,14 @@ class Donors(NamedTuple):
 
     def lend(self, tree: PyTree[Array]) -> PyTree[Array]:
         """Lane-wise arrays, with the donor's in lanes that have no step."""
-        return jax.tree.map(lambda x: x.at[self.source].get(mode="promise_in_bounds"), tree)
+        return _taken(self.source, tree)
 
-    def lend_const(self, const: Array, has: tuple[bool, ...], batch: Batch) -> Array:
+    def lend_consts(self, consts: list[Array], batch: Batch) -> list[Array]:
+        """Constants, with the donor's where no lane with a step uses them."""
+        pairs = zip(consts, batch.levels, strict=False)
+        return [self._lend_const(x, has, batch) for x, has in pairs]
+
+    def _lend_const(self, const: Array, has: tuple[bool, ...], batch: Batch) -> Array:
         """A constant on the levels `has`, with the donor's where no lane with a step uses it."""
         if not any(has):
             return const
@@ -46,7 +51,10 @@ class Donors(NamedTuple):
 
 def borrowed(due: Bool[Array, " lanes"], tree: PyTree[Array]) -> PyTree[Array]:
     """Lane-wise arrays, with those of a lane that is due in the others."""
-    source = jnp.where(due, jnp.arange(due.shape[0]), jnp.argmax(due))
+    return _taken(jnp.where(due, jnp.arange(due.shape[0]), jnp.argmax(due)), tree)
+
+
+def _taken(source: Int[Array, " lanes"], tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(lambda x: x.at[source].get(mode="promise_in_bounds"), tree)
 
 

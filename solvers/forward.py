@@ -111,8 +111,7 @@ def run(
             c = c._replace(tape=tapes.record(keep, c.tape, *at))
         if traced.judged is not None:
             row = jnp.where(accept, index, max_steps)  # past the end: not written
-            zero = jax.tree.map(jnp.zeros_like, step.judged)
-            c = c._replace(judged=tapes.put(c.judged, row, choose(accept, step.judged, zero)))
+            c = c._replace(judged=tapes.put(c.judged, row, masked(accept, step.judged)))
         c = _save(traced, consts, start, batch, c, step, accept)
         cached = bool(jax.tree.leaves(c.cache))
         if traced.jumps and not cached:  # the solver has evaluated anew by itself
@@ -136,6 +135,11 @@ def choose(where: Array, new: PyTree[Array], old: PyTree[Array]) -> PyTree[Array
         return jnp.where(mask, a if a.dtype == b.dtype else a.astype(b.dtype), b)
 
     return jax.tree.map(pick, new, old)
+
+
+def masked(where: Array, tree: PyTree[Array]) -> PyTree[Array]:
+    """Lane by lane, zero where it does not hold."""
+    return choose(where, tree, jax.tree.map(jnp.zeros_like, tree))
 
 
 def _blank_rows(save: Save, lanes: int) -> PyTree[Array]:

@@ -145,6 +145,8 @@ def _asked(terms: Terms, use: Callable[[Terms], Any]) -> list[list[tuple[Any, An
     """What each path is asked while `use` runs on the terms: (t0, t1, use_levy)."""
     paths = _paths(terms)
     heard: list[list[Any]] = [[] for _ in paths]
+    if not paths:
+        return heard
     use(_replaced(terms, list(map(_listening, paths, heard))))
     return heard
 

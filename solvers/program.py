@@ -264,12 +264,11 @@ def _trace_save(pool, stepper, sub, saved, start, info) -> Save:
     evaluate = lambda t0, t1, info, t: output(
         t, stepper.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
     )
-    plain = not Pool().hoist(output, start.tprev, start.y).jaxpr.eqns
-    at_time = at_step = None
+    at_time = None
     if sub.ts is not None:
         at_time = pool.hoist(evaluate, start.tprev, start.tnext, info, start.t1)
-    if sub.steps != 0:
-        at_step = pool.hoist(output, start.tprev, start.y)
+    looked_at = (pool if sub.steps else Pool()).hoist(output, start.tprev, start.y)
+    at_step, plain = looked_at if sub.steps else None, not looked_at.computes
     out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), saved.ys)
     times = 0 if sub.ts is None else len(sub.ts)
     return Save(saved.ts.shape[0], int(sub.t0), times, int(sub.steps), at_time, at_step, plain, out)

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from nde.solvers import tape as tapes
 from nde.solvers.donors import borrowed, donors
 from nde.solvers.engine import Cotangents
-from nde.solvers.forward import Moving, choose
+from nde.solvers.forward import Moving, choose, masked
 from nde.solvers.heuristics import Judged
 from nde.solvers.hoist import Hoisted
 from nde.solvers.lanes import Batch
@@ -196,8 +196,7 @@ class Pull:
         self.tape, self.steps, self.wanted = trail.tape, trail.steps, wanted
         self.saved, self.judged = cotangents.saved_ys, cotangents.judged
         self.donors = donors(trail.steps, batch, consts)
-        lend = self.donors.lend_const
-        self.consts = [lend(x, has, batch) for x, has in zip(consts, batch.levels, strict=False)]
+        self.consts = self.donors.lend_consts(consts, batch)
         t0 = tapes.get(trail.tape.knots, jnp.zeros((), jnp.int32))
         self.memory = traced.memory_of(self.consts, batch, t0)
         self.draw = traced.drawing(self.consts, batch)
@@ -243,8 +242,7 @@ class Pull:
             y1, inner, dense, judged = out
             return y1, _inexact(inner), dense, _asked(judged, self.judged)
 
-        zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-        behind = choose(active, (ct.y, ct.state), zero((ct.y, ct.state)))
+        behind = masked(active, (ct.y, ct.state))
         aux = (fixed, t0, t1, jump, increments)
         ct_out = (*behind, ct_dense, self._judgement(k, active))
         return self._pulled(advance, (y, moving), aux, ct_out, active, ct)
@@ -362,7 +360,3 @@ def _inexact(tree: PyTree) -> PyTree:
 
 def added(total: dict[int, Array], part: dict[int, Array]) -> dict[int, Array]:
     return {i: total[i] + part[i] if i in part else total[i] for i in total}
-
-
-def masked(where: Bool[Array, " lanes"], ct: PyTree[Array]) -> PyTree[Array]:
-    return choose(where, ct, jax.tree.map(jnp.zeros_like, ct))

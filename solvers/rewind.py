@@ -29,11 +29,11 @@ from jaxtyping import Array, PyTree
 from nde.solvers import replay
 from nde.solvers import tape as tapes
 from nde.solvers.coupling import Rewind, Step
-from nde.solvers.forward import choose
+from nde.solvers.forward import choose, masked
 from nde.solvers.hoist import Hoisted, Pool
 from nde.solvers.lanes import Batch
 from nde.solvers.program import Start, Traced
-from nde.solvers.replay import Loaded, Pull, Running, Trail, added, masked
+from nde.solvers.replay import Loaded, Pull, Running, Trail, added
 from nde.solvers.reversible import AbstractReversibleSolver
 
 

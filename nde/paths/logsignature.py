@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from nde._protocol import check_count
 from nde.paths.control import AbstractControl, ControlPath
 
 __all__ = ["LogSignaturePath", "log_signature", "lyndon_words"]
@@ -111,9 +112,8 @@ def log_signature(path: ControlPath, window: int, depth: int) -> LogSignaturePat
         >>> control = nde.paths.log_signature(nde.paths.linear(ts, ys), window=32, depth=2)
         >>> control.ts, control.increments          # (windows + 1,), (windows, coordinates)
     """
-    for name, value in (("window", window), ("depth", depth)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1.")
+    check_count("window", window)
+    check_count("depth", depth)
     if not isinstance(path, ControlPath) or path.degree != 1:
         raise ValueError(
             "`path` is not made of straight pieces, whose log-signature is known exactly; use "
