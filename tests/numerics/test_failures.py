@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import CONSTANT, DIFFRAX, OURS, PARAMS, Y0, field, relative, solve
+from oracles import CONSTANT, DIFFRAX, OURS, PARAMS, Y0, field, relative, solve, weigh
 from problems import PROBLEMS, terms
 
 from nde.solvers import EES25, DiscreteAdjoint, ReversibleAdjoint, ReversibleHeun
@@ -208,6 +208,18 @@ def test_every_lane_may_fail(lanes):
     grads, (_, _, _, result) = run.run(params, states, ones, mode, ones, ts, ones)
     assert np.all(result == dfx.RESULTS.nonfinite)
     assert not any(np.any(x) for x in jax.tree.leaves(grads))
+
+
+def test_a_batch_of_nothing():
+    """With `throw=False`: equinox's errors need a lane."""
+    one = lambda p, y: weigh(solve(y, p, throw=False).ys)
+    nobody = jnp.zeros((0, 3))
+    total = lambda p, ys: jnp.sum(jax.vmap(one, in_axes=(None, 0))(p, ys))
+    assert total(PARAMS, nobody) == 0
+    grads = jax.jit(jax.grad(total))(PARAMS, nobody)
+    assert relative(grads, jax.tree.map(jnp.zeros_like, PARAMS)) == 0
+    apart = jax.vmap(jax.grad(one, argnums=1), in_axes=(None, 0))(PARAMS, nobody)
+    assert apart.shape == (0, 3)
 
 
 def test_failed_members_of_an_ensemble():

@@ -365,17 +365,6 @@ def test_single_precision():
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-4)
 
 
-def test_a_batch_of_nothing():
-    """With `throw=False`: equinox's errors need a lane."""
-    one = lambda p, y: weigh(solve(y, p, throw=False).ys)
-    total = lambda p, ys: jnp.sum(jax.vmap(one, in_axes=(None, 0))(p, ys))
-    assert total(PARAMS, YS[:0]) == 0
-    grads = jax.jit(jax.grad(total))(PARAMS, YS[:0])
-    assert relative(grads, jax.tree.map(jnp.zeros_like, PARAMS)) == 0
-    apart = jax.vmap(jax.grad(one, argnums=1), in_axes=(None, 0))(PARAMS, YS[:0])
-    assert apart.shape == (0, 3)
-
-
 def test_without_compilation():
     few = DiscreteAdjoint(checkpoints=2)
     options = dict(adjoint=few, solver=dfx.Heun(), stepsize_controller=CONSTANT, dt0=0.25)
