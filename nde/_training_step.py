@@ -146,10 +146,10 @@ def _checked_loss(
     metrics = dict(metrics)
     results = metrics.pop("result", None)
     for name, metric in metrics.items():
-        if name in COLUMNS or not _is_number(metric):
+        if not isinstance(name, str) or name in COLUMNS or not _is_number(metric):
             raise ValueError(
                 f"`loss` returned the metric {name!r}, {eqx.tree_pformat(metric)}; a metric is a "
-                f"scalar (jnp.mean) and has a name of its own, none of {COLUMNS}."
+                f"scalar (jnp.mean) and its name is a string, none of {COLUMNS}."
             )
     if results is not None:
         metrics["result"] = jnp.where(mask, _codes(results, mask), 0)

@@ -126,8 +126,8 @@ class NeuralCDE(AbstractODE):
             control: Path of the data, from `nde.paths`.
             ts: Times, shape (times,), inside the path and ordered; `None`: the end alone.
             args: Passed to the vector field.
-            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf where it
-                was not reached.
+            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf at `ts`
+                that were not reached, and with `ts=None` the state where the solve stopped.
 
         Raises:
             ValueError: if the path does not fit the model, or `ts` is outside the data.

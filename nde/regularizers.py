@@ -149,9 +149,11 @@ def local(
             `dt0=None` a cautious one, whose small estimate asks for a large coefficient.
 
     Raises:
-        ValueError: for a solver without that estimate.
+        ValueError: for a solver without that estimate, or `diffrax.StepTo` unless `biased`.
     """
     check_key(key)
+    if not biased and isinstance(model.stepsize_controller, diffrax.StepTo):
+        raise ValueError("`stepsize_controller` is StepTo, with times of its own; use biased=True.")
     ts, y0 = checked(ts, y0, model.dt0)
     draw = _drawn_step if biased else _drawn_time
     solution, *drawn = draw(model, ts, y0, args, key)
@@ -340,10 +342,11 @@ def _stiffness(model: Any, solution: diffrax.Solution) -> Float[Array, ""]:
 
 
 def _integrated(model: AbstractODE, ts, y0, args, integrand: Callable) -> Penalized:
-    solution: Any = solve_ode(model, ts, y0, args, throw=False, integrand=integrand)
+    # In the direction of the solve, so that the integral of a failed one is inf either way.
+    forward = lambda *where: _direction(ts) * integrand(*where)
+    solution: Any = solve_ode(model, ts, y0, args, throw=False, integrand=forward)
     ys, integral = solution.ys
-    solution = eqx.tree_at(lambda s: s.ys, solution, ys)
-    return solution, _direction(ts) * integral[-1]
+    return eqx.tree_at(lambda s: s.ys, solution, ys), integral[-1]
 
 
 def _mean_square(tree: PyTree[Array]) -> Float[Array, ""]:

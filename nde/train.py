@@ -337,6 +337,11 @@ def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: P
 def _check_failed(job: _Job, step: int, record: dict[str, np.ndarray]) -> None:
     """Raise if more than a tenth of the solves failed, in the best of several starts."""
     failed = np.atleast_1d(record.get("failed", 0.0))
+    if np.isnan(failed).any():
+        raise ValueError(
+            f"`loss` returned the metric `failed` = nan at step {step}; it is the share of the solves "
+            "that failed, a mean over at least one."
+        )
     best = int(np.argmin(failed))
     if failed[best] <= MOST_FAILED:
         return

@@ -55,7 +55,7 @@ class Noise(eqx.Module):
         """The end of a proposed step, moved to where every path finds it quickly."""
         for path, a, b in self._queries(t0, t1):
             forward = (a == t0) & (b == t1)
-            backward = (a == -t0) & (b == -t1)  # the path sees the step from its end
+            backward = (a == -t1) & (b == -t0)  # the path sees the step from its end
             end = path.round_down(jnp.where(forward, a, b), jnp.where(forward, b, a))
             # A path with a time of its own is asked where it happens to be.
             t1 = jnp.where(forward, end, jnp.where(backward, -end, t1))

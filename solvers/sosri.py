@@ -204,8 +204,11 @@ class AbstractSRI(diffrax.AbstractItoSolver, diffrax.AbstractAdaptiveSolver):
         bm = diffusion.contr(t0, t1, use_levy=True)
         ones = jax.tree.map(jnp.ones_like, bm.W)
         length = h * solver_state
-        chi1, chi2, chi3 = _iterated_integrals(length, bm)
-        q = jax.tree.map(lambda w: jnp.sqrt(length).astype(w.dtype), bm.W)
+        # A lane that has ended takes steps of length zero, where a root has no derivative.
+        empty = length == 0
+        divisor = jnp.where(empty, 1, length)
+        chi1, chi2, chi3 = _iterated_integrals(length, divisor, bm)
+        q = jax.tree.map(lambda w: jnp.where(empty, 0, jnp.sqrt(divisor)).astype(w.dtype), bm.W)
         k, g = [], []  # h k_i, and g_i as arrays of the structure of y
         for i in range(4):
             c0, c1 = math.fsum(tab.a0[i]), math.fsum(tab.a1[i])
@@ -302,27 +305,30 @@ class SRIW1(AbstractSRI):
     error: Literal["embedded", "paper"] = "embedded"
 
 
-def _iterated_integrals(h, bm):
-    """chi1, chi2, chi3, each with the structure of W."""
+def _iterated_integrals(h, divisor, bm):
+    """chi1, chi2, chi3, each with the structure of W. `divisor` is h, or 1 where that is 0."""
 
     def leaf(w, area):
-        dt = h.astype(w.dtype)
-        chi1 = (w * w - dt) / (2 * jnp.sqrt(dt))
-        return chi1, w / 2 + area, w * (w * w - 3 * dt) / (6 * dt)
+        dt, by = h.astype(w.dtype), divisor.astype(w.dtype)
+        chi1 = (w * w - dt) / (2 * jnp.sqrt(by))
+        return chi1, w / 2 + area, w * (w * w - 3 * dt) / (6 * by)
 
     triples = jax.tree.map(leaf, bm.W, bm.H)
     return jax.tree.transpose(jax.tree.structure(bm.W), jax.tree.structure((0, 0, 0)), triples)
 
 
 def _check_diagonal(field, y0, noise, name) -> None:
+    shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
+    said = lambda shapes: str(shapes[0] if len(shapes) == 1 else shapes)
+    channels = shapes(noise)
     if isinstance(field, lx.AbstractLinearOperator):
-        diagonal, got = lx.is_diagonal(field), f"a {type(field).__name__}"
+        takes = shapes(field.in_structure())
+        diagonal, got = lx.is_diagonal(field) and takes == channels, f"a {type(field).__name__}"
+        got += f" of {said(takes)}"
     else:
-        shapes = [jnp.shape(x) for x in jax.tree.leaves(field)]
-        diagonal = shapes == [jnp.shape(x) for x in jax.tree.leaves(y0)]
-        got = f"an array of shape {shapes[0] if len(shapes) == 1 else shapes}"
-        channels = [x.shape for x in jax.tree.leaves(noise)]
-        got += f" for noise of shape {channels[0] if len(channels) == 1 else channels}"
+        diagonal = shapes(field) == shapes(y0)
+        got = f"an array of shape {said(shapes(field))}"
+    got += f" for noise of shape {said(channels)}"
     if not diagonal:
         raise ValueError(
             f"{name} needs diagonal noise, but `diffusion` returned {got}. Return "

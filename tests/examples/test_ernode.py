@@ -84,6 +84,7 @@ def test_the_spiral_has_its_known_moments(monkeypatch):
         np.testing.assert_allclose(variances[at], variance, atol=0.03)
 
 
+@pytest.mark.slow
 def test_paths_on_the_grids_end_with_the_moments_of_the_spiral():
     example = load("ernsde_spiral")
     drift = lambda cubes: jnp.array([[-0.1, -2.0], [2.0, -0.1]]) @ cubes

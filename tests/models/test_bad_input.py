@@ -259,6 +259,13 @@ FITS = [
     (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], 1.0)}, ["metrics 1.0", "dict"]),
     (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], m)}, ["metric 'w'", "f64[3]"]),
     (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], {"a": None})}, ["metric 'a', None"]),
+    (57, ValueError, {"loss": lambda m, b, k: (m["w"][0], {3: 1.0})}, ["metric 3", "string"]),
+    (
+        57,
+        ValueError,
+        {"loss": lambda m, b, k: (m["w"][0], {"failed": jnp.nan})},
+        ["`failed` = nan at step 0", "share"],
+    ),
     (
         57,
         ValueError,

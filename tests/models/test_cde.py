@@ -145,7 +145,11 @@ ADAPTIVE = {"steps_per_interval": None, "solver": diffrax.Heun(), "stepsize_cont
 
 @pytest.mark.parametrize(
     "interpolation, options",
-    [(paths.hermite_cubic, {}), (paths.hermite_cubic, REVERSIBLE), (paths.linear, ADAPTIVE)],
+    [
+        (paths.hermite_cubic, {}),
+        pytest.param(paths.hermite_cubic, REVERSIBLE, marks=pytest.mark.slow),
+        (paths.linear, ADAPTIVE),
+    ],
     ids=["default", "reversible", "adaptive"],
 )
 def test_gradients_are_those_of_autodiff_through_the_steps(interpolation, options):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from sweeps import sweep
 
 from nde.linear_cde import (
     LinearCDE,
@@ -87,7 +88,7 @@ def test_chunks_equal_the_loop_on_a_long_series(block, dtype, tolerance):
     assert error < tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("block", [1, 4, 12])
+@pytest.mark.parametrize("block", sweep([1, 4, 12], 4))
 def test_gradients_equal_autodiff_of_the_loop(block):
     arguments = problem(block, 18)
     weights = jax.random.normal(KEY, (19, *arguments[2].shape))

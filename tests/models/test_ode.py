@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from sweeps import sweep
 
 import nde
 
@@ -122,7 +123,12 @@ def test_the_solve_has_the_higher_precision_of_time_and_state(time, state):
 
 
 @pytest.mark.parametrize(
-    "known, data", [(False, jnp.float32), (True, jnp.float32), (False, jnp.float64)]
+    "known, data",
+    sweep(
+        [(False, jnp.float32), (True, jnp.float32), (False, jnp.float64)],
+        (True, jnp.float32),
+        (False, jnp.float64),
+    ),
 )
 def test_gradients_of_a_model_of_another_precision_than_the_data(known, data):
     """They are those of the same weights in the precision of the data, in their own type."""

@@ -1,6 +1,7 @@
 """Regularizers against closed forms: rotations and linear fields, whose integrals are known."""
 
 import functools
+import itertools
 
 import diffrax as dfx
 import equinox as eqx
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+from sweeps import sweep
 
 import nde
 from nde import losses, regularizers
@@ -55,7 +57,13 @@ def test_estimates_are_those_of_the_solve():
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("adjoint", [DiscreteAdjoint(), dfx.RecursiveCheckpointAdjoint()])
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        DiscreteAdjoint(),
+        pytest.param(dfx.RecursiveCheckpointAdjoint(), marks=pytest.mark.slow),
+    ],
+)
 def test_local_takes_one_step(biased, adjoint):
     # A step of Heun from y has the error (a h)^2 y / 2; the state there is no function of a.
     a, h = 1.3, 0.125
@@ -211,8 +219,9 @@ def test_steer_of_an_end_time():
     assert abs(ends.mean() - 1) < 0.04
 
 
-@pytest.mark.parametrize("of", ["error", "stiffness"])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "biased, of", sweep(itertools.product([False, True], ["error", "stiffness"]), (False, "error"))
+)
 def test_local_where_the_field_is_undefined_leaves_the_others_alone(biased, of):
     """Zero times nan must not reach the rate, which all examples share."""
     local = functools.partial(regularizers.local, biased=biased, of=of)
@@ -240,10 +249,12 @@ def test_kinetic_energy_and_jacobian_of_a_rotation(direction):
     np.testing.assert_allclose(solution.ys, model(*inputs), rtol=1e-12)
     # The integral has no say in the steps.
     assert solution.stats["num_steps"] == model.solve(*inputs).stats["num_steps"]
+    cut = eqx.tree_at(lambda m: m.max_steps, model, 2, is_leaf=lambda x: x is model.max_steps)
+    assert regularizers.kinetic(cut, *inputs, key=KEY)[1] == jnp.inf  # whatever the direction
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0])
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", sweep([1, 2, 3], 2))
 def test_total_derivatives(order, direction):
     model, inputs = linear(ROTATION, **TIGHT), (direction * jnp.asarray(TS), jnp.asarray(Y0))
     _, penalty = regularizers.taylor(model, *inputs, order=order)
@@ -354,6 +365,12 @@ MISTAKES = {
             linear(ROTATION, solver=dfx.Bosh3()), ts, y0, key=KEY, of="stiffness"
         ),
         "Bosh3 has no stiffness estimate",
+    ),
+    "own times": (
+        lambda ts, y0: regularizers.local(
+            linear(ROTATION, stepsize_controller=dfx.StepTo(ts)), ts, y0, key=KEY
+        ),
+        "StepTo.*biased=True",
     ),
     "order": (
         lambda ts, y0: regularizers.taylor(linear(ROTATION), ts, y0, order=0),

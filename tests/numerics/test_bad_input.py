@@ -13,6 +13,7 @@ import lineax as lx
 import numpy as np
 import pytest
 from oracles import CONSTANT, OURS, PARAMS, Y0, solve
+from sweeps import sweep
 
 from nde.solvers import BrownianInterval
 
@@ -287,7 +288,7 @@ def driven(t0, t1, y0, first, last, throw):
     return sol.ys, sol.result
 
 
-@pytest.mark.parametrize("t0, t1", [(0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("t0, t1", sweep([(0.0, 1.0), (1.0, 0.0)], (0.0, 1.0)))
 def test_a_path_that_does_not_cover_the_solve(t0, t1):
     """Row 42, where the times are known at run time only."""
     words = ["`BrownianInterval`", "cover the solve", "`t0` or `t1`"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+from sweeps import sweep
 
 from nde.solvers.brownian import BrownianGrid, SpaceSpaceLevyArea
 
@@ -195,18 +196,14 @@ def test_diffrax_solvers_take_the_increments_of_the_cells(solver):
 
 ADJOINTS = [
     diffrax.RecursiveCheckpointAdjoint(),
-    diffrax.BacksolveAdjoint(),
+    pytest.param(diffrax.BacksolveAdjoint(), marks=pytest.mark.slow),
     pytest.param(diffrax.DirectAdjoint(), marks=pytest.mark.slow),
     pytest.param(diffrax.ForwardMode(), marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
-@pytest.mark.parametrize(
-    "backwards",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
-    ids=["forwards", "backwards"],
-)
+@pytest.mark.parametrize("backwards", sweep([False, True], False))
 def test_gradients_pass_through_with_every_adjoint(adjoint, backwards):
     t0, t1 = (1.0, 0.0) if backwards else (0.0, 1.0)
     path = BrownianGrid(0.0, 1.0, 1 / 64, (), KEY)

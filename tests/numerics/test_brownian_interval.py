@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import sweep
 
 from nde.solvers.brownian import BrownianInterval, threefry
 
@@ -101,7 +102,7 @@ def test_a_query_does_not_notice_100000_others():
     np.testing.assert_array_equal(numbers(before), numbers(again))
 
 
-@pytest.mark.parametrize("levy_area", LEVY_AREAS)
+@pytest.mark.parametrize("levy_area", sweep(LEVY_AREAS, diffrax.SpaceTimeLevyArea))
 def test_lanes_and_single_paths_give_the_same_bits(levy_area):
     keys = jax.random.split(KEY, 7)
     queries = random_queries(20, 2)
@@ -329,18 +330,14 @@ def test_pytrees_have_the_shapes_and_types_of_diffrax():
 
 ADJOINTS = [
     diffrax.RecursiveCheckpointAdjoint(),
-    diffrax.BacksolveAdjoint(),
+    pytest.param(diffrax.BacksolveAdjoint(), marks=pytest.mark.slow),
     pytest.param(diffrax.DirectAdjoint(), marks=pytest.mark.slow),
     pytest.param(diffrax.ForwardMode(), marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
-@pytest.mark.parametrize(
-    "backwards",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
-    ids=["forwards", "backwards"],
-)
+@pytest.mark.parametrize("backwards", sweep([False, True], False))
 def test_adaptive_solves_differentiate_with_every_adjoint(adjoint, backwards):
     t0, t1 = (1.0, 0.0) if backwards else (0.0, 1.0)
     path = interval(shape=(), tol=2.0**-20)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import DIFFRAX
+from sweeps import sweep
 
 from nde._controlled import KnotSteps
 from nde.solvers import (
@@ -208,13 +209,7 @@ WAITING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "leapfrog" else name
-        for name in WAITING
-    ],
-)
+@pytest.mark.parametrize("name", sweep(WAITING, *(WAITING.keys() - {"leapfrog"})))
 def test_a_lane_that_waits_does_so_where_it_began(name):
     """With constant steps: at its end the field may have no derivative."""
     lane, p, ys, ends = WAITING[name]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array, PyTree
 from problems import PROBLEMS, terms
+from sweeps import sweep
 
 from nde.solvers import coupling
 from nde.solvers.coupling import Coupling, Step
@@ -262,7 +263,7 @@ ODE_SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", ODE_SOLVERS)
+@pytest.mark.parametrize("name", sweep(ODE_SOLVERS, "ALF", "EES27"))
 def test_gradient_of_1000_steps_with_outputs_inside_steps(name):
     steps = grid(1000, PROBLEMS["network"].t1)
     expected, found, start = gradients(ODE_SOLVERS[name], ode("network"), steps, inside=True)
@@ -280,8 +281,11 @@ def test_gradient_of_a_separable_system(solver):
 
 @pytest.mark.parametrize(
     "solver",
-    [ReversibleHeun(), Reversible(diffrax.Bosh3()), EES27()],
-    ids=["ReversibleHeun", "Reversible(Bosh3)", "EES27"],
+    [
+        pytest.param(ReversibleHeun(), id="ReversibleHeun"),
+        pytest.param(Reversible(diffrax.Bosh3()), id="Reversible(Bosh3)", marks=pytest.mark.slow),
+        pytest.param(EES27(), id="EES27"),
+    ],
 )
 def test_gradient_of_a_controlled_equation_reaches_the_control(solver):
     # Defects of EES27 shrink with the eighth power of the increment.

@@ -9,6 +9,7 @@ import lineax as lx
 import numpy as np
 import pytest
 from failing import CASES, Case, problem
+from sweeps import sweep
 
 from nde.solvers import (
     BrownianGrid,
@@ -31,7 +32,7 @@ def diagnosed(case, dtype=np.float64, sign=1, **changes):
     return diagnose(*positional, **(options | changes))
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", sweep([np.float64, np.float32], np.float64))
 def test_the_confusion_matrix_is_the_identity(dtype):
     """Every cause, in both directions of time, with a pytree as state; and no cause where none is."""
     wrong = {}

@@ -9,6 +9,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 from oracles import PARAMS, Y0, field, relative, weigh
+from sweeps import sweep
 
 from nde.solvers import DiscreteAdjoint
 
@@ -44,8 +45,12 @@ ODE_SOLVERS = {
 OUTPUTS = {"t1": None, "ts": np.array([0.0, 0.13, 0.5, 0.51, 0.52, 1.1])}
 
 
+# One of every kind of tableau and of state.
+QUICK = ("Tsit5", "Heun", "Euler", "ReversibleHeun", "LeapfrogMidpoint", "HalfSolver(Heun)")
+
+
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("name", ODE_SOLVERS)
+@pytest.mark.parametrize("name", sweep(ODE_SOLVERS, *QUICK))
 def test_gradient_is_that_of_the_unrolled_steps(name, output):
     solver, ts = ODE_SOLVERS[name], OUTPUTS[output]
     times = np.array([0.0, 0.2, 0.3, 0.55, 0.8, 1.1])
@@ -92,11 +97,8 @@ IMPLICIT = {
 }
 
 
-# One stiff method and one with a given root finder; the other with `-m slow`.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n == "KenCarp3" else n for n in IMPLICIT],
-)
+# One stiff method and one with a given root finder.
+@pytest.mark.parametrize("name", sweep(IMPLICIT, "Kvaerno5", "ImplicitEuler"))
 def test_implicit_solvers(name):
     tight, loose = dfx.PIDController(rtol=1e-9, atol=1e-11), dfx.PIDController(1e-3, 1e-5)
     constant = dfx.ConstantStepSize()
@@ -142,18 +144,16 @@ SAVES = {
 }  # fmt: skip
 
 
-# Every controller once and every `SaveAt` once; the other pairs with `-m slow`.
-FORWARDS = [
-    (name, save, 1)
-    if save == "all" or name == "pid"
-    else pytest.param(name, save, 1, marks=pytest.mark.slow)
-    for name in CONTROLLERS
-    for save in SAVES
-]
-BACKWARDS = [pytest.param("pid", "all", -1, marks=pytest.mark.slow), ("jump_ts", "all", -1)]
+EVERY = [(name, save, 1) for name in CONTROLLERS for save in SAVES]
+BACKWARDS = [("pid", "all", -1), ("jump_ts", "all", -1)]
+# Every controller, every `SaveAt` and both directions.
+ONCE = [
+    ("constant", "all", 1), ("pid", "ts", 1), ("pid", "subs", 1), ("step_ts", "all", 1),
+    ("rejecting", "all", 1), ("jump_ts", "all", -1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, save, direction", FORWARDS + BACKWARDS)
+@pytest.mark.parametrize("name, save, direction", sweep(EVERY + BACKWARDS, *ONCE))
 def test_controllers_and_saves_agree_with_diffrax(name, save, direction):
     controller, saveat = CONTROLLERS[name], SAVES[save]
     dt0 = (0.6 if name == "rejecting" else 0.05) * direction
@@ -309,17 +309,8 @@ SDE_SOLVERS = {
 }
 
 
-SLOW_SDE = ("Euler", "EulerHeun", "ItoMilstein")
-
-
-# One of every kind; the others with `-m slow`.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW_SDE else name
-        for name in SDE_SOLVERS
-    ],
-)
+# An explicit method, one with a state, one with adaptive steps.
+@pytest.mark.parametrize("name", sweep(SDE_SOLVERS, "Heun", "ReversibleHeun", "SPaRK"))
 def test_stochastic_solvers(name):
     solver, path = SDE_SOLVERS[name]
     scalar = path is LEVY

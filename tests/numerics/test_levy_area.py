@@ -7,6 +7,7 @@ import lineax as lx
 import numpy as np
 import pytest
 import scipy.stats
+from sweeps import sweep
 
 from nde.solvers.brownian import BrownianGrid, SpaceSpaceLevyArea, davie_area, foster_area
 from nde.solvers.levy_heun import LevyHeun
@@ -166,7 +167,7 @@ def order_with_interval(squares, samples=400):
     return slope(np.arange(paths)), *np.quantile([slope(d) for d in draws], [0.025, 0.975])
 
 
-SIZES = [(1000, 2.0**-8), pytest.param(4000, 2.0**-11, marks=pytest.mark.slow)]
+SIZES = sweep([(1000, 2.0**-8), (4000, 2.0**-11)], (1000, 2.0**-8))
 
 
 @pytest.mark.parametrize("paths, fine", SIZES)

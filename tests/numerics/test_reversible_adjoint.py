@@ -11,6 +11,7 @@ import pytest
 from oracles import CONSTANT, DIFFRAX, PARAMS, Y0, field, relative, solve, weigh
 from problems import PROBLEMS, terms
 from reversibles import SOLVERS
+from sweeps import sweep
 
 from nde.solvers import (
     EES27,
@@ -109,9 +110,7 @@ def test_constant_steps(name):
 QUICK = ("ReversibleHeun", "ALF(0.9)", "EES27", "Reversible(Bosh3)", "StormerVerlet")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SOLVERS]
-)
+@pytest.mark.parametrize("name", sweep(SOLVERS, *QUICK))
 def test_adaptive_steps(name):
     """Outputs between the steps as well, and a nonlinear one: un-stepped, then pulled back."""
     problem, solver = problem_of(name), SOLVERS[name]
@@ -134,7 +133,7 @@ def test_backwards_in_time():
     assert error < EXACT
 
 
-@pytest.mark.parametrize("every", [1, 3, 32, None])
+@pytest.mark.parametrize("every", sweep([1, 3, 32, None], 1, 32, None))
 def test_a_thousand_steps(every):
     problem = PROBLEMS["network"]
     error, sol = compared(
@@ -145,9 +144,7 @@ def test_a_thousand_steps(every):
     assert error < EXACT
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("Reversible(Tsit5)", marks=pytest.mark.slow), "EES27", "Yoshida4"]
-)
+@pytest.mark.parametrize("name", sweep(["Reversible(Tsit5)", "EES27", "Yoshida4"], "EES27"))
 def test_a_thousand_steps_of_the_others(name):
     """The default. What the damping of the coupling amplifies is replayed where it must be."""
     problem = problem_of(name)
@@ -196,8 +193,8 @@ def diagonal(t, y, args):
 @pytest.mark.parametrize(
     "name, diffusion, every",
     [
-        ("ReversibleHeun", matrix, None),
         ("EES25", diagonal, 32),
+        pytest.param("ReversibleHeun", matrix, None, marks=pytest.mark.slow),
         pytest.param("Reversible(Midpoint)", matrix, 8, marks=pytest.mark.slow),
     ],
 )

@@ -261,8 +261,13 @@ def test_reversible_heun_is_diffrax_s():
 
 @pytest.mark.parametrize(
     "solver",
-    [ReversibleHeun(), Reversible(diffrax.Heun(), 0.99), EES25()],
-    ids=["ReversibleHeun", "Reversible(Heun)", "EES25"],
+    [
+        pytest.param(ReversibleHeun(), id="ReversibleHeun"),
+        pytest.param(
+            Reversible(diffrax.Heun(), 0.99), id="Reversible(Heun)", marks=pytest.mark.slow
+        ),
+        pytest.param(EES25(), id="EES25"),
+    ],
 )
 def test_stochastic_solves_converge_to_the_stratonovich_solution(solver):
     """dY = Y o dW has Y = exp(W); the Ito solution is exp(W - t/2)."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from oracles import CONSTANT, DIFFRAX, OURS, PARAMS, Y0, relative, solve, weigh
+from sweeps import sweep
 
 from nde.solvers import DiscreteAdjoint
 
@@ -96,7 +97,7 @@ def test_eager_single_example():
     assert relative(got, of_member(of_member(expected("adaptive"), 0), 1)) < NEAR["adaptive"]
 
 
-@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize("controller", sweep(CONTROLLERS, "adaptive"))
 def test_ensembles(controller):
     """Members of their own parameters over shared examples: three orders, one answer."""
     ours = ft.partial(loss, controller=CONTROLLERS[controller])
