@@ -7,12 +7,15 @@ stability of the method, `done` and `left` the parts of the span. The first that
 
     unstable    fixed steps, decay h > s, decay > growth                              stiff
     undefined   f or J is not finite, y has not grown 1000-fold                       vector_field
-    escape      f or J is not finite, y has; or collapsed, growth left > 30,
-                growth tau > 1/2, tau < 1000 h, f(y + 3/2 tau f) . f > f . f          blow_up
+    escape      f or J is not finite, or near overflow and growth |y| > |f| / 100,
+                and y has; or collapsed, growth left > 30, growth tau > 1/2,
+                tau < 1000 h, f(y + 3/2 tau f) . f > f . f                            blow_up
     ahead       collapsed, f(t + d, y + d f) is not finite for some d                 vector_field
-    singular    collapsed, |f| done > 100 |y - y0|                                    vector_field
+    singular    collapsed, |f| done > 100 |y - y0|, not bound by decay                vector_field
+    unresolved  collapsed, steps of at most 16 tol of a Brownian path                 precision
     imprecise   tolerance < 10 eps, and with 100 eps it ends or gets 3 times further  precision
     coarse      collapsed, 64 spacings of t are long for the field, |t| > 10 span     precision
+    rounded     implicit solver, eps decay |y| > |f| / 10                             precision
     stiffness   decay h > 0.3 s, decay tau > 50                                       stiff
     jump        f changes by half of itself within 8 h, and still within h / 512      unknown
     otherwise   not collapsed                                                         too_few_steps
@@ -34,6 +37,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import spectrum
 from nde.solvers.heuristics import STABILITY_LIMITS
+from nde.solvers.noise import covered
 from nde.solvers.repeat import End, Problem, tolerances
 
 _DOMAIN = (
@@ -68,6 +72,7 @@ class Failure:
         self.left = problem.span - self.done
         self.spacing = float(jnp.finfo(problem.t0.dtype).eps) * abs(self.t)
         self.eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(end.y))
+        self.largest = min(float(jnp.finfo(x.dtype).max) for x in jax.tree.leaves(end.y))
 
     @property
     def exhausted(self) -> bool:
@@ -97,6 +102,12 @@ class Failure:
     @property
     def decay(self) -> float:
         return self.rates[1]
+
+    @property
+    def bounds_steps(self) -> bool:
+        """Whether decay does, by the stability of an explicit method."""
+        limit = stability_limit(self.problem.solver)
+        return limit is not None and self.decay * self.h > 0.3 * limit
 
     @cached_property
     def fastest(self) -> int:
@@ -152,13 +163,16 @@ def judge(problem: Problem, end: End) -> Found:
     """The first rule that holds."""
     failure = Failure(problem, end)
     looks = (_unstable, _undefined, _escape, _ahead, _singular)
-    counts = (_imprecise, _coarse, _stiffness, _jump)
+    counts = (_imprecise, _coarse, _rounded, _stiffness, _jump)
     known = spectrum.knows_rate(problem.terms, end.t, end.y, problem.args)
-    rules = (*looks, *counts, _otherwise) if known else (_otherwise,)
+    rules = (*looks, _unresolved, *counts, _otherwise) if known else (_unresolved, _otherwise)
     for rule in rules:
         found = rule(failure)
         if found is not None:
             return found
+    if end.result == diffrax.RESULTS.dt_min_reached:
+        advice = "Lower `dtmin`, or loosen `rtol` and `atol`."
+        return Found("tolerance", None, "the tolerances ask for steps below `dtmin`", advice)
     if not failure.exhausted:
         text = str(diffrax.RESULTS[end.result]).strip().rstrip(".")
         return Found("unknown", None, text, "Try smaller steps or another solver.")
@@ -207,7 +221,9 @@ def _not_finite(x: Failure, f: PyTree[Array] | None, t: float) -> Found | None:
 def _escape(x: Failure) -> Found | None:
     """y leaves every bound at a finite time."""
     infinite = not np.isfinite(x.f).all() or np.isnan(x.growth)
-    if infinite:
+    size, speed = np.max(np.abs(x.y)), np.max(np.abs(x.f))
+    full = max(size, speed) > 1e-3 * x.largest and x.growth * size > 0.01 * speed
+    if infinite or full:
         at = int(np.argmax(np.abs(x.y)))
         return _blow_up(x, at, x.t) if x.has_grown else None
     if x.has_grown and not x.problem.adapts and not x.exhausted:
@@ -253,9 +269,20 @@ def _singular(x: Failure) -> Found | None:
     moved = np.abs(x.y[at] - spectrum.vector(x.problem.y0)[at]) + 10 * x.eps * np.abs(x.y[at])
     if not (x.collapsed and np.abs(x.f[at]) * x.done > 100 * moved):
         return None
+    if x.bounds_steps and x.decay > 2 * x.growth:
+        return None
     leaf = spectrum.entry(x.end.y, at)
     reason = f"`vector_field(t, y, args){leaf}` is {x.f[at]:.3g} at t={x.t:.6g}, a pole"
     return Found("vector_field", f"y{leaf}", reason, _DOMAIN)
+
+
+def _unresolved(x: Failure) -> Found | None:
+    """Steps as short as the leaves of a Brownian path, which knows no shorter ones."""
+    for path, _ in covered(x.problem.terms, x.problem.t0, x.problem.t1):
+        if x.collapsed and path.tol is not None and x.h <= 16 * float(path.tol):
+            reason = f"the steps are as short as `tol`={path.tol} of the Brownian path"
+            return Found("precision", None, reason, "Give the path a smaller `tol`.")
+    return None
 
 
 def _imprecise(x: Failure) -> Found | None:
@@ -288,13 +315,25 @@ def _coarse(x: Failure) -> Found | None:
     )  # fmt: skip
 
 
+def _rounded(x: Failure) -> Found | None:
+    """Fast modes that turn the rounding of the state into a field of its own."""
+    noise = x.eps * x.decay * np.max(np.abs(x.y), initial=0.0)
+    if stability_limit(x.problem.solver) is not None or not noise > 0.1 * np.max(np.abs(x.f)):
+        return None
+    return Found(
+        "precision", None,
+        f"`vector_field` is rounding errors: those of the state, times {x.decay:.2g} (fastest mode)",
+        'Use float64: jax.config.update("jax_enable_x64", True); or looser tolerances.',
+    )  # fmt: skip
+
+
 def _stiffness(x: Failure) -> Found | None:
     """Steps that stability bounds, and not the solution."""
     limit = stability_limit(x.problem.solver)
     start = np.max(np.abs(spectrum.vector(x.problem.y0)), initial=0.0)
     size = max(start, np.max(np.abs(x.y), initial=0.0))
     tau = size / _positive(np.max(np.abs(x.f), initial=0.0))
-    if limit is None or not (x.decay * x.h > 0.3 * limit and x.decay * tau > 50):
+    if limit is None or not (x.bounds_steps and x.decay * tau > 50):
         return None
     # At the pace so far, which knows of rejections; or, after a quick start, at the limit.
     needed = rounded_up(max(x.at_this_pace, x.end.steps + x.decay * x.left / limit))
@@ -337,11 +376,13 @@ def _otherwise(x: Failure) -> Found | None:
         return None
     if not x.done:
         return Found("too_few_steps", None, "no step was accepted yet", "Use `max_steps≈4096`.")
-    needed = rounded_up(x.at_this_pace)
     reason = f"{x.done / x.problem.span:.0%} of the span was reached"
-    advice = f"Use `max_steps≈{needed}`, looser tolerances, or a solver of higher order."
     if not x.problem.adapts:
-        advice = f"Use `max_steps≈{needed}`, or longer steps."
+        advice = f"Use `max_steps≈{rounded_up(x.at_this_pace)}`, or longer steps."
+        return Found("too_few_steps", None, reason, advice)
+    # Beyond a hundred times of what was seen, steps have other lengths.
+    needed = rounded_up(min(x.at_this_pace, 100 * x.end.steps))
+    advice = f"Use `max_steps≈{needed}`, looser tolerances, or a solver of higher order."
     return Found("too_few_steps", None, reason, advice)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def diagnose(
 
     Raises:
         ValueError: inside `jax.jit`, `jax.vmap` or `jax.grad`, where there are no numbers to look at,
-            and for arguments that diffrax refuses.
+            and for arguments that diffrax refuses (a Brownian path of its own that is too short).
     """
     options = {name: x for name, x in options.items() if name not in _REPLACED}
     probe = jnp.zeros(())  # inside jax.jit even a constant has no value
@@ -123,7 +124,13 @@ def diagnose(
     found = _bad_input(problem)
     if found is not None:
         return _diagnosis(found, float(t0), 0, "No step was taken")
-    end = problem.run()
+    if dt0 is not None and dt0 * (t1 - t0) < 0:
+        raise ValueError(f"`dt0` is {dt0}, but the solve goes from {t0} to {t1}. Change its sign.")
+    try:
+        end = problem.run()
+    except eqx.EquinoxRuntimeError as error:
+        said = str(error).split("EquinoxRuntimeError: ")[-1].split("\n\n-----")[0].strip()
+        raise ValueError(f"The solve cannot be repeated: {said}") from error
     _check_concrete(end)
     t, steps = float(end.t), end.steps
     if diffrax.is_okay(end.result):
@@ -132,7 +139,14 @@ def diagnose(
     if steps == 0 and end.result == diffrax.RESULTS.dt_min_reached:
         return _diagnosis(_stuck(problem, "the first step"), t, 0, "No step was taken")
     where = f"The solve stopped at t={t:.6g} of {float(t1):.6g} after {steps} steps"
-    return _diagnosis(judge(problem, end), t, steps, where)
+    endless = not jnp.isfinite(t1)
+    if endless:  # until an event: look as far ahead as it came
+        problem = dataclasses.replace(problem, t1=2 * end.t - problem.t0)
+    found = judge(problem, end)
+    if endless and found.cause == "too_few_steps":
+        advice = "Use more `max_steps`, if it ever happens."
+        found = found._replace(reason="the event has not happened", advice=advice)
+    return _diagnosis(found, t, steps, where)
 
 
 def _diagnosis(found: Found, t: float, steps: int, where: str) -> Diagnosis:
@@ -168,8 +182,11 @@ def _bad_input(problem: Problem) -> Found | None:
         leaf = spectrum.entry(problem.y0, at)
         reason = f"`y0{leaf}` is {y0[at]}"
         return Found("initial_state", f"y{leaf}", reason, "A state must be finite.")
+    awaits = problem.options.get("event") is not None
     for name in ("t0", "t1", "dt0"):
         t = getattr(problem, name)
+        if name == "t1" and awaits and jnp.isinf(t):
+            continue
         if t is not None and not jnp.isfinite(t):
             advice = (
                 "Times must be finite. To run to a steady state, use a large `t1` and "

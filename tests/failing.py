@@ -71,6 +71,8 @@ FIELDS = {
     "collision": lambda t, a, b: (pair(a[1], -a[0] / jnp.abs(a[0]) ** 3), -b),
     "decay": lambda t, a, b: (-1000.0 * a, -b),
     "logistic": lambda t, a, b: (a * (1 - a) * 5.0, -b),
+    "growth": lambda t, a, b: (a, -b),
+    "waking": lambda t, a, b: (-1e7 * jax.nn.sigmoid(200 * (t - 0.5)) * (a - jnp.sin(t)), -b),
     "steep": lambda t, a, b: (pair(jnp.exp(a[0]) * (5.0 - a[0]), -a[1]), -b),
 }
 NAMES = list(FIELDS)
@@ -120,6 +122,7 @@ CASES = {
     "pair": Case("blow_up", "pair", t1=5.0, stop=2 * np.log(2)),
     "offset": Case("blow_up", "offset", a=(1.0, 1e6), t1=2.0, leaf="y['a'][0]", stop=1.0),
     "spring": Case("blow_up", "spring", t1=5.0, leaf="y['a'][1]"),
+    "growth": Case("blow_up", "growth", t1=1000.0),
     "square, constant": Case("blow_up", "square", t1=5.0, constant=True, leaf="y['a'][0]"),
     "fifth power, constant": Case("blow_up", "fifth power", constant=True, leaf="y['a'][0]"),
     "exponential, constant": Case(
@@ -138,6 +141,7 @@ CASES = {
     "robertson": Case("stiff", "robertson", a=(1.0, 0.0), b=0.0, t1=1e6),
     "van der Pol": Case("stiff", "van der Pol", a=(2.0, 0.0), t1=2.0),
     "separated": Case("stiff", "separated", t1=10.0),
+    "waking": Case("stiff", "waking", t1=2.0),
     "cubic": Case("stiff", "cubic", t1=3.0, b=1.0),
     "steps too long": Case("stiff", "decay", t1=10.0, dt0=0.01, constant=True),
     # 9: too few steps

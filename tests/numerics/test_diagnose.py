@@ -124,6 +124,15 @@ def test_a_brownian_path_that_ends_before_the_solve():
     assert diagnose(terms, dfx.EulerHeun(), 0.0, 0.5, 0.01, Y0).cause is None
 
 
+def test_a_path_that_knows_no_shorter_steps():
+    path = BrownianInterval(0.0, 1.0, (2,), jax.random.key(0), tol=0.1)
+    diagonal = lambda t, y, args: lx.DiagonalLinearOperator(y)
+    terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: -y), dfx.ControlTerm(diagonal, path))
+    options = dict(stepsize_controller=dfx.PIDController(1e-4, 1e-4), max_steps=200)
+    found = diagnose(terms, dfx.Heun(), 0.0, 1.0, 0.1, Y0, **options)
+    assert found.cause == "precision" and "`tol`=0.1" in found.message
+
+
 def test_what_succeeds_is_said_to():
     found = diagnose(dfx.ODETerm(lambda t, y, args: -y), dfx.Euler(), 0.0, 1.0, 0.25, Y0)
     message = "Nothing failed: t=1 was reached after 4 steps."
@@ -148,6 +157,43 @@ def test_an_implicit_solver_is_not_called_stiff():
     assert run(dfx.Kvaerno3()).cause == "too_few_steps"
 
 
+def test_an_event_that_does_not_happen():
+    turn = dfx.ODETerm(lambda t, y, args: jnp.stack([y[1], -y[0]]))
+    options = dict(
+        stepsize_controller=dfx.PIDController(1e-4, 1e-6), max_steps=64,
+        event=dfx.Event(dfx.steady_state_event()),
+    )  # fmt: skip
+    found = diagnose(turn, dfx.Tsit5(), 0.0, jnp.inf, None, Y0, **options)
+    assert found.cause == "too_few_steps" and "event has not happened" in found.message
+
+
+def test_steps_that_may_not_be_short_enough():
+    controller = dfx.PIDController(1e-5, 1e-6, dtmin=0.9, force_dtmin=False)
+    turn = dfx.ODETerm(lambda t, y, args: jnp.stack([y[1], -y[0]]))
+    found = diagnose(turn, dfx.Tsit5(), 0.0, 10.0, None, Y0, stepsize_controller=controller)
+    assert found.cause == "tolerance" and "`dtmin`" in found.advice
+
+
+def test_a_field_of_rounding_errors():
+    """In single precision; in double the same solve takes 21 steps."""
+    term = dfx.ODETerm(lambda t, y, args: -1e5 * (y - jnp.cos(t)))
+    ends, y0 = jnp.array([0.0, 1.0], jnp.float32), jnp.zeros(1, jnp.float32)
+    controller = dfx.PIDController(1e-4, 1e-6)
+    found = diagnose(term, dfx.Kvaerno5(), *ends, None, y0, stepsize_controller=controller)
+    assert found.cause == "precision" and "float64" in found.advice
+
+
+def test_steps_that_grow_are_not_taken_for_the_first_ones():
+    """Robertson's reaction: at the pace of the first 40 steps it would take 2.5e9."""
+    mix = lambda p, q: jnp.stack([p, -p - q, q])
+    field = lambda t, y, args: mix(-0.04 * y[0] + 1e4 * y[1] * y[2], 3e7 * y[1] ** 2)
+    options = dict(stepsize_controller=dfx.PIDController(1e-6, 1e-8))
+    solve = (dfx.ODETerm(field), dfx.Kvaerno5(), 0.0, 1e4, None, jnp.array([1.0, 0.0, 0.0]))
+    found = diagnose(*solve, **options, max_steps=40)
+    advised = int(re.search("max_steps≈([0-9]+)", found.advice)[1])
+    assert advised < 10_000 and diagnose(*solve, **options, max_steps=advised).cause is None
+
+
 # --- where it can be asked -----------------------------------------------------------------------
 
 
@@ -167,6 +213,15 @@ def test_nor_may_the_field_close_over_what_is_traced(transform):
 
     with pytest.raises(ValueError, match="no numbers to look at"):
         transform(ask)(1.0)
+
+
+def test_what_diffrax_refuses_is_refused():
+    with pytest.raises(ValueError, match=r"`dt0` is -0.1, but .* from 0.0 to 1.0"):
+        diagnose(dfx.ODETerm(undefined), dfx.Heun(), 0.0, 1.0, -0.1, Y0)
+    tree = dfx.VirtualBrownianTree(0.0, 0.5, 1e-3, (2,), jax.random.key(0))
+    diagonal = lambda t, y, args: lx.DiagonalLinearOperator(y)
+    with pytest.raises(ValueError, match="cannot be repeated: Cannot evaluate VirtualBrownianTree"):
+        diagnose(dfx.ControlTerm(diagonal, tree), dfx.Heun(), 0.0, 1.0, 0.1, Y0)
 
 
 def test_an_unknown_argument_is_refused():
