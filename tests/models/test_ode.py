@@ -127,7 +127,6 @@ def test_the_solve_has_the_higher_precision_of_time_and_state(time, state):
     sweep(
         [(False, jnp.float32), (True, jnp.float32), (False, jnp.float64)],
         (True, jnp.float32),
-        (False, jnp.float64),
     ),
 )
 def test_gradients_of_a_model_of_another_precision_than_the_data(known, data):

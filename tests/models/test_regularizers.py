@@ -148,7 +148,11 @@ STEPS = {
 
 
 @pytest.mark.parametrize(
-    "biased, steps", [(False, "chosen"), (False, "constant"), (False, "clipped"), (True, "chosen")]
+    "biased, steps",
+    sweep(
+        [(False, "chosen"), (False, "constant"), (False, "clipped"), (True, "chosen")],
+        (False, "chosen"),
+    ),
 )
 def test_local_does_not_depend_on_the_direction_of_time(biased, steps):
     """Where y solves y' = f(t, y), y(-t) solves z' = -f(-t, z): the same steps, mirrored."""
@@ -181,7 +185,7 @@ REGULARIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("name", sweep(REGULARIZERS, "local"))
 def test_parameters_of_higher_precision_than_the_data(name):
     """The penalty and its gradient are those of parameters with the precision of the data."""
     steps = dict(solver=dfx.Heun(), stepsize_controller=dfx.ConstantStepSize(), dt0=0.25)
@@ -327,6 +331,7 @@ class GeometricNoise(eqx.Module):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_stochastic_model_has_both_estimates():
     model = GeometricNoise(jnp.array(4.0), SOSRI2())
     found = {}

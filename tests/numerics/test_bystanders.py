@@ -103,6 +103,7 @@ def test_every_lane_may_fail(saved):
     assert not any(np.any(x) for x in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_levels_of_constants_beside_the_loop():
     """A parameter on one level of two, in an output at the end: both orders of `vmap` and `grad`."""
 

@@ -298,8 +298,10 @@ def test_gradient_of_a_controlled_equation_reaches_the_control(solver):
 
 @pytest.mark.parametrize(
     "solver",
-    [ReversibleHeun(), Reversible(diffrax.Heun())],
-    ids=["ReversibleHeun", "Reversible(Heun)"],
+    [
+        pytest.param(ReversibleHeun(), id="ReversibleHeun"),
+        pytest.param(Reversible(diffrax.Heun()), id="Reversible(Heun)", marks=pytest.mark.slow),
+    ],
 )
 def test_gradient_of_a_stochastic_equation(solver):
     expected, found, start = gradients(solver, sde(), grid(40, 1.0), inside=False)

@@ -46,7 +46,7 @@ OUTPUTS = {"t1": None, "ts": np.array([0.0, 0.13, 0.5, 0.51, 0.52, 1.1])}
 
 
 # One of every kind of tableau and of state.
-QUICK = ("Tsit5", "Heun", "Euler", "ReversibleHeun", "LeapfrogMidpoint", "HalfSolver(Heun)")
+QUICK = ("Tsit5", "Heun", "Euler", "ReversibleHeun", "LeapfrogMidpoint")
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -309,8 +309,8 @@ SDE_SOLVERS = {
 }
 
 
-# An explicit method, one with a state, one with adaptive steps.
-@pytest.mark.parametrize("name", sweep(SDE_SOLVERS, "Heun", "ReversibleHeun", "SPaRK"))
+# One with a state, one with adaptive steps; explicit ones in `test_noise`.
+@pytest.mark.parametrize("name", sweep(SDE_SOLVERS, "ReversibleHeun", "SPaRK"))
 def test_stochastic_solvers(name):
     solver, path = SDE_SOLVERS[name]
     scalar = path is LEVY

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from oracles import CONSTANT, DIFFRAX, OURS, PARAMS, Y0, field, relative, solve, weigh
 from problems import PROBLEMS, terms
+from sweeps import sweep
 
 from nde.solvers import EES25, DiscreteAdjoint, ReversibleAdjoint, ReversibleHeun
 
@@ -107,7 +108,7 @@ def test_a_failed_lane_is_alone(lanes, failure):
         assert 0.4 < ts[BAD][2] <= 0.5 and np.all(np.isfinite(ys[BAD][reached]))
 
 
-@pytest.mark.parametrize("checkpoints", [64, 4])
+@pytest.mark.parametrize("checkpoints", sweep([64, 4], 4))
 def test_a_lane_that_waits_takes_no_step_that_overflows(checkpoints):
     """The last step of one lane is 1e7 times its first, so from where it began it leads to infinity.
 

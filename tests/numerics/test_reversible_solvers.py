@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from problems import PROBLEMS, reference, terms
 from reversibles import RK4, there_and_back
+from sweeps import sweep
 
 from nde.solvers.ees import EES25, EES27
 from nde.solvers.leapfrog import AsynchronousLeapfrog
@@ -93,7 +94,11 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("name", ORDERS)
+# The others share their code with one of these.
+QUICK = ("ReversibleHeun", "ALF(0.9)", "Reversible(RK4)", "EES27", "Yoshida4")
+
+
+@pytest.mark.parametrize("name", sweep(ORDERS, *QUICK))
 def test_order(name):
     """The stated order, in both directions of time, at the steps and between them."""
     solver, problem, first = ORDERS[name]
@@ -293,7 +298,7 @@ def test_stochastic_solves_converge_to_the_stratonovich_solution(solver):
     "name, adjoint, tolerance",
     [
         ("ReversibleHeun", diffrax.DirectAdjoint(), 1e-11),
-        ("EES25", diffrax.BacksolveAdjoint(), 1e-3),
+        pytest.param("EES25", diffrax.BacksolveAdjoint(), 1e-3, marks=pytest.mark.slow),
     ],
 )
 def test_any_adjoint_of_diffrax_takes_them(name, adjoint, tolerance):
