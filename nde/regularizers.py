@@ -343,10 +343,10 @@ def _stiffness(model: Any, solution: diffrax.Solution) -> Float[Array, ""]:
 
 def _integrated(model: AbstractODE, ts, y0, args, integrand: Callable) -> Penalized:
     # In the direction of the solve, so that the integral of a failed one is inf either way.
-    forward = lambda *where: _direction(ts) * integrand(*where)
+    direction = _direction(ts)
+    forward = lambda *where: direction * integrand(*where)
     solution: Any = solve_ode(model, ts, y0, args, throw=False, integrand=forward)
-    ys, integral = solution.ys
-    return eqx.tree_at(lambda s: s.ys, solution, ys), integral[-1]
+    return eqx.tree_at(lambda s: s.ys, solution, solution.ys[0]), solution.ys[1][-1]
 
 
 def _mean_square(tree: PyTree[Array]) -> Float[Array, ""]:

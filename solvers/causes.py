@@ -19,6 +19,7 @@ stability of the method, `done` and `left` the parts of the span. The first that
     stiffness   decay h > 0.3 s, decay tau > 50                                       stiff
     jump        f changes by half of itself within 8 h, and still within h / 512      unknown
     otherwise   not collapsed                                                         too_few_steps
+    held        the controller wants steps below `dtmin`                              tolerance
 
 Collapsed: r > 10 (a + 10), or h < 64 spacings of time, or h < 1e-4 h_max, or the solve did not use up its
 steps. In an escape h follows tau down, and f still grows where it points: behind a pole of f, such as
@@ -37,7 +38,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import spectrum
 from nde.solvers.heuristics import STABILITY_LIMITS
-from nde.solvers.noise import covered
+from nde.solvers.noise import intervals
 from nde.solvers.repeat import End, Problem, tolerances
 
 _DOMAIN = (
@@ -63,7 +64,7 @@ class Failure:
     """A failed solve and what the rules ask of it."""
 
     def __init__(self, problem: Problem, end: End):
-        self.problem, self.end = problem, end
+        self.problem, self.end, self.limit = problem, end, stability_limit(problem.solver)
         lengths = end.lengths
         self.h = float(np.median(lengths[-20:])) if lengths.size else 0.0
         self.h_max = float(lengths.max()) if lengths.size else 0.0
@@ -106,8 +107,17 @@ class Failure:
     @property
     def bounds_steps(self) -> bool:
         """Whether decay does, by the stability of an explicit method."""
-        limit = stability_limit(self.problem.solver)
-        return limit is not None and self.decay * self.h > 0.3 * limit
+        return self.limit is not None and self.decay * self.h > 0.3 * self.limit
+
+    @property
+    def size(self) -> float:
+        """Of the largest entry."""
+        return float(np.max(np.abs(self.y), initial=0.0))
+
+    @property
+    def speed(self) -> float:
+        """Of the entry that moves fastest."""
+        return float(np.max(np.abs(self.f), initial=0.0))
 
     @cached_property
     def fastest(self) -> int:
@@ -127,12 +137,11 @@ class Failure:
     @cached_property
     def has_grown(self) -> bool:
         """1000-fold, from where it started or from what it moves by."""
-        problem = self.problem
-        start = np.max(np.abs(spectrum.vector(problem.y0)), initial=0.0)
-        f0 = spectrum.vector(problem.field(problem.t0, problem.y0))
-        moved = np.max(np.abs(f0), initial=0.0) * self.done
-        size = np.max(np.abs(self.y), initial=0.0)
-        return bool(size > 1e3 * (max(start, moved) or 1.0))
+        t0, y0 = self.problem.t0, self.problem.y0
+        start = np.max(np.abs(spectrum.vector(y0)), initial=0.0)
+        f0 = np.abs(spectrum.vector(self.problem.field(t0, y0)))
+        moved = np.max(f0, initial=0.0) * self.done
+        return bool(self.size > 1e3 * (max(start, moved) or 1.0))
 
     def ahead(self, delta: float) -> PyTree[Array] | None:
         """f where the field points to, `delta` later; None where that overflows."""
@@ -165,14 +174,11 @@ def judge(problem: Problem, end: End) -> Found:
     looks = (_unstable, _undefined, _escape, _ahead, _singular)
     counts = (_imprecise, _coarse, _rounded, _stiffness, _jump)
     known = spectrum.knows_rate(problem.terms, end.t, end.y, problem.args)
-    rules = (*looks, _unresolved, *counts, _otherwise) if known else (_unresolved, _otherwise)
-    for rule in rules:
+    rules = (*looks, _unresolved, *counts) if known else (_unresolved,)
+    for rule in (*rules, _otherwise, _held):
         found = rule(failure)
         if found is not None:
             return found
-    if end.result == diffrax.RESULTS.dt_min_reached:
-        advice = "Lower `dtmin`, or loosen `rtol` and `atol`."
-        return Found("tolerance", None, "the tolerances ask for steps below `dtmin`", advice)
     if not failure.exhausted:
         text = str(diffrax.RESULTS[end.result]).strip().rstrip(".")
         return Found("unknown", None, text, "Try smaller steps or another solver.")
@@ -181,7 +187,7 @@ def judge(problem: Problem, end: End) -> Found:
 
 def _unstable(x: Failure) -> Found | None:
     """Steps that are fixed and too long: the numbers explode, the solution does not."""
-    problem, limit = x.problem, stability_limit(x.problem.solver)
+    problem, limit = x.problem, x.limit
     if problem.adapts or x.exhausted or limit is None:
         return None
     for growth, decay in (problem.rates(problem.t0, problem.y0), x.rates):
@@ -221,8 +227,7 @@ def _not_finite(x: Failure, f: PyTree[Array] | None, t: float) -> Found | None:
 def _escape(x: Failure) -> Found | None:
     """y leaves every bound at a finite time."""
     infinite = not np.isfinite(x.f).all() or np.isnan(x.growth)
-    size, speed = np.max(np.abs(x.y)), np.max(np.abs(x.f))
-    full = max(size, speed) > 1e-3 * x.largest and x.growth * size > 0.01 * speed
+    full = max(x.size, x.speed) > 1e-3 * x.largest and x.growth * x.size > 0.01 * x.speed
     if infinite or full:
         at = int(np.argmax(np.abs(x.y)))
         return _blow_up(x, at, x.t) if x.has_grown else None
@@ -265,11 +270,9 @@ def _ahead(x: Failure) -> Found | None:
 
 def _singular(x: Failure) -> Found | None:
     """f is huge, and neither y nor J says why: f has a pole."""
-    at = x.fastest
+    at, stiff = x.fastest, x.bounds_steps and x.decay > 2 * x.growth
     moved = np.abs(x.y[at] - spectrum.vector(x.problem.y0)[at]) + 10 * x.eps * np.abs(x.y[at])
-    if not (x.collapsed and np.abs(x.f[at]) * x.done > 100 * moved):
-        return None
-    if x.bounds_steps and x.decay > 2 * x.growth:
+    if stiff or not (x.collapsed and np.abs(x.f[at]) * x.done > 100 * moved):
         return None
     leaf = spectrum.entry(x.end.y, at)
     reason = f"`vector_field(t, y, args){leaf}` is {x.f[at]:.3g} at t={x.t:.6g}, a pole"
@@ -278,7 +281,7 @@ def _singular(x: Failure) -> Found | None:
 
 def _unresolved(x: Failure) -> Found | None:
     """Steps as short as the leaves of a Brownian path, which knows no shorter ones."""
-    for path, _ in covered(x.problem.terms, x.problem.t0, x.problem.t1):
+    for path in intervals(x.problem.terms):
         if x.collapsed and path.tol is not None and x.h <= 16 * float(path.tol):
             reason = f"the steps are as short as `tol`={path.tol} of the Brownian path"
             return Found("precision", None, reason, "Give the path a smaller `tol`.")
@@ -288,8 +291,7 @@ def _unresolved(x: Failure) -> Found | None:
 def _imprecise(x: Failure) -> Found | None:
     """Tolerances that the dtype of the state cannot resolve."""
     known = tolerances(x.problem.controller)
-    size = np.max(np.abs(x.y), initial=0.0)
-    if not known or np.max(known["rtol"]) + np.max(known["atol"]) / _positive(size) >= 10 * x.eps:
+    if not known or np.max(known["rtol"]) + np.max(known["atol"]) / _positive(x.size) >= 10 * x.eps:
         return None
     end = x.problem.with_rtol(100 * x.eps).run()
     further = abs(float(end.t) - float(x.problem.t0)) > 3 * x.done
@@ -317,8 +319,7 @@ def _coarse(x: Failure) -> Found | None:
 
 def _rounded(x: Failure) -> Found | None:
     """Fast modes that turn the rounding of the state into a field of its own."""
-    noise = x.eps * x.decay * np.max(np.abs(x.y), initial=0.0)
-    if stability_limit(x.problem.solver) is not None or not noise > 0.1 * np.max(np.abs(x.f)):
+    if x.limit is not None or not x.eps * x.decay * x.size > 0.1 * x.speed:
         return None
     return Found(
         "precision", None,
@@ -329,14 +330,12 @@ def _rounded(x: Failure) -> Found | None:
 
 def _stiffness(x: Failure) -> Found | None:
     """Steps that stability bounds, and not the solution."""
-    limit = stability_limit(x.problem.solver)
     start = np.max(np.abs(spectrum.vector(x.problem.y0)), initial=0.0)
-    size = max(start, np.max(np.abs(x.y), initial=0.0))
-    tau = size / _positive(np.max(np.abs(x.f), initial=0.0))
-    if limit is None or not (x.bounds_steps and x.decay * tau > 50):
+    tau = max(start, x.size) / _positive(x.speed)
+    if x.limit is None or not (x.bounds_steps and x.decay * tau > 50):
         return None
     # At the pace so far, which knows of rejections; or, after a quick start, at the limit.
-    needed = rounded_up(max(x.at_this_pace, x.end.steps + x.decay * x.left / limit))
+    needed = rounded_up(max(x.at_this_pace, x.end.steps + x.decay * x.left / x.limit))
     rates = f"fastest mode ≈ {-x.decay:.2g}, {x.decay * tau:.0f} times faster than the solution"
     advice = f"Use `max_steps≈{needed}`" + _implicit(x.problem)
     return Found("stiff", None, f"stiff ({rates})", advice)
@@ -384,6 +383,14 @@ def _otherwise(x: Failure) -> Found | None:
     needed = rounded_up(min(x.at_this_pace, 100 * x.end.steps))
     advice = f"Use `max_steps≈{needed}`, looser tolerances, or a solver of higher order."
     return Found("too_few_steps", None, reason, advice)
+
+
+def _held(x: Failure) -> Found | None:
+    """The controller may not take the steps that the tolerances ask for."""
+    if x.end.result != diffrax.RESULTS.dt_min_reached:
+        return None
+    advice = "Lower `dtmin`, or loosen `rtol` and `atol`."
+    return Found("tolerance", None, "the tolerances ask for steps below `dtmin`", advice)
 
 
 def rounded_up(number: float) -> int:

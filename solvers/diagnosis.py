@@ -139,11 +139,11 @@ def diagnose(
     if steps == 0 and end.result == diffrax.RESULTS.dt_min_reached:
         return _diagnosis(_stuck(problem, "the first step"), t, 0, "No step was taken")
     where = f"The solve stopped at t={t:.6g} of {float(t1):.6g} after {steps} steps"
-    endless = not jnp.isfinite(t1)
-    if endless:  # until an event: look as far ahead as it came
-        problem = dataclasses.replace(problem, t1=2 * end.t - problem.t0)
-    found = judge(problem, end)
-    if endless and found.cause == "too_few_steps":
+    seen = problem
+    if problem.endless:  # look as far ahead as it came
+        seen = dataclasses.replace(problem, t1=2 * end.t - problem.t0)
+    found = judge(seen, end)
+    if problem.endless and found.cause == "too_few_steps":
         advice = "Use more `max_steps`, if it ever happens."
         found = found._replace(reason="the event has not happened", advice=advice)
     return _diagnosis(found, t, steps, where)
@@ -182,11 +182,8 @@ def _bad_input(problem: Problem) -> Found | None:
         leaf = spectrum.entry(problem.y0, at)
         reason = f"`y0{leaf}` is {y0[at]}"
         return Found("initial_state", f"y{leaf}", reason, "A state must be finite.")
-    awaits = problem.options.get("event") is not None
-    for name in ("t0", "t1", "dt0"):
+    for name in ("t0", "dt0") if problem.endless else ("t0", "t1", "dt0"):
         t = getattr(problem, name)
-        if name == "t1" and awaits and jnp.isinf(t):
-            continue
         if t is not None and not jnp.isfinite(t):
             advice = (
                 "Times must be finite. To run to a steady state, use a large `t1` and "

@@ -37,7 +37,7 @@ class Noise(eqx.Module):
 
     def init(self) -> PyTree[Array]:
         """A memory of nothing, one entry per path."""
-        return tuple(path.init() for path in _paths(self.terms))
+        return tuple(path.init() for path in intervals(self.terms))
 
     def draw(
         self, t0: Array, t1: Array, memory: PyTree[Array]
@@ -63,13 +63,15 @@ class Noise(eqx.Module):
 
     def known(self, increments: PyTree[Array]) -> Terms:
         """The terms, with paths that know the increments of the step at hand."""
-        pairs = zip(_paths(self.terms), increments, strict=True)
+        pairs = zip(intervals(self.terms), increments, strict=True)
         return _replaced(self.terms, [_StandIn(p, lambda *_, x=x: x) for p, x in pairs])
 
     def _queries(self, t0: Array, t1: Array) -> list[tuple[BrownianInterval, Array, Array]]:
         """The paths with the times at which the terms ask them over a step."""
         asked = _asked(self.terms, lambda terms: _controls(terms, t0, t1))
-        return [(path, a, b) for path, [(a, b, _)] in zip(_paths(self.terms), asked, strict=True)]
+        return [
+            (path, a, b) for path, [(a, b, _)] in zip(intervals(self.terms), asked, strict=True)
+        ]
 
 
 def with_terms(stepper: Any, terms: Terms) -> Any:
@@ -79,7 +81,7 @@ def with_terms(stepper: Any, terms: Terms) -> Any:
 
 def noise_of(stepper: Any, t0: Array, t1: Array, y: PyTree, state: PyTree) -> Noise | None:
     """The paths to remember for, if there are any and the solver asks each once, about the whole step."""
-    if not _paths(stepper.terms):
+    if not intervals(stepper.terms):
         return None
     use_levy: list[bool] = []
 
@@ -107,7 +109,7 @@ def covered(terms: Terms, t0: Array, t1: Array) -> list[tuple[BrownianInterval, 
     """The paths among the terms, with whether each covers a solve from t0 to t1."""
     asked = _asked(terms, lambda terms: _controls(terms, t0, t1))
     found = []
-    for path, queries in zip(_paths(terms), asked, strict=True):
+    for path, queries in zip(intervals(terms), asked, strict=True):
         inside = [path.covers(t) for a, b, _ in queries for t in (a, b) if t is not None]
         found.append((path, functools.reduce(jnp.logical_and, inside, jnp.array(True))))
     return found
@@ -143,7 +145,7 @@ class _StandIn(diffrax.AbstractBrownianPath):
 
 def _asked(terms: Terms, use: Callable[[Terms], Any]) -> list[list[tuple[Any, Any, bool]]]:
     """What each path is asked while `use` runs on the terms: (t0, t1, use_levy)."""
-    paths = _paths(terms)
+    paths = intervals(terms)
     heard: list[list[Any]] = [[] for _ in paths]
     if not paths:
         return heard
@@ -175,7 +177,7 @@ def _is_single_term(x: Any) -> bool:
     return isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
 
 
-def _paths(terms: Terms) -> list[BrownianInterval]:
+def intervals(terms: Terms) -> list[BrownianInterval]:
     return [x for x in jax.tree.leaves(terms, is_leaf=_is_path) if _is_path(x)]
 
 

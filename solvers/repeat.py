@@ -52,6 +52,11 @@ class Problem:
         return abs(float(self.t1) - float(self.t0))
 
     @property
+    def endless(self) -> bool:
+        """Whether it runs until an event, whenever that is."""
+        return bool(jnp.isinf(self.t1)) and self.options.get("event") is not None
+
+    @property
     def adapts(self) -> bool:
         return bool(tolerances(self.controller))
 

@@ -323,15 +323,15 @@ def _check_diagonal(field, y0, noise, name) -> None:
     channels = shapes(noise)
     if isinstance(field, lx.AbstractLinearOperator):
         takes = shapes(field.in_structure())
-        diagonal, got = lx.is_diagonal(field) and takes == channels, f"a {type(field).__name__}"
-        got += f" of {said(takes)}"
+        diagonal = lx.is_diagonal(field) and takes == channels
+        got = f"a {type(field).__name__} of {said(takes)}"
     else:
         diagonal = shapes(field) == shapes(y0)
         got = f"an array of shape {said(shapes(field))}"
-    got += f" for noise of shape {said(channels)}"
     if not diagonal:
         raise ValueError(
-            f"{name} needs diagonal noise, but `diffusion` returned {got}. Return "
+            f"{name} needs diagonal noise, but `diffusion` returned {got} for noise of "
+            f"shape {said(channels)}. Return "
             "lineax.DiagonalLinearOperator(g) with g[i] a function of y[i], or use a solver for matrix "
             "noise: LevyHeun (strong order 1), diffrax.SPaRK or diffrax.EulerHeun (0.5)."
         )

@@ -106,7 +106,7 @@ def test_constant_steps(name):
     assert error < EXACT
 
 
-# One of every kind; the others share their code with one of them.
+# The others share their code with one of these, or (`Reversible`) are in the other tests of this file.
 QUICK = ("ReversibleHeun", "ALF(0.9)", "EES27", "StormerVerlet")
 
 
