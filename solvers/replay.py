@@ -90,7 +90,7 @@ def run(
     """
     pull = Pull(traced, consts, ts, batch, trail, cotangents, wanted)
     # Nothing depends on the last cache.
-    cache = jax.tree.map(jnp.zeros_like, pull.first[1][1]) if traced.hands_over else None
+    cache = jax.tree.map(jnp.zeros_like, pull.first.state[1]) if traced.hands_over else None
     inner = traced.inner(pull.alive(cotangents.state), cache)
     ct = Running(pull.alive(cotangents.y), inner, wanted, trail.ts_index, pull.memory)
     ct = _to_start(pull, trail, keep, ct)
@@ -197,12 +197,13 @@ class Pull:
         self.saved, self.judged = cotangents.saved_ys, cotangents.judged
         self.donors = donors(trail.steps, batch, consts)
         self.consts = self.donors.lend_consts(consts, batch)
-        t0 = tapes.get(trail.tape.knots, jnp.zeros((), jnp.int32))
-        self.memory = traced.memory_of(self.consts, batch, t0)
+        start = jnp.zeros((), jnp.int32)
+        self.memory = traced.memory_of(self.consts, batch, tapes.get(trail.tape.knots, start))
         self.draw = traced.drawing(self.consts, batch)
         self._advance = batch.per_lane(traced.advance)
-        states = trail.tape.states
-        self.first: Any = None if states is None else tapes.get(states, jnp.zeros((), jnp.int32))
+        y, state = tapes.get(trail.tape.states, start) or (None, None)
+        self.first = Loaded(y, state, *tapes.times(trail.tape, start))
+        self.last_times = tapes.times(trail.tape, jnp.maximum(trail.steps - 1, 0))
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
         """Cotangents, without those of lanes that failed."""
@@ -210,16 +211,16 @@ class Pull:
 
     def load(self, k: Array, state: PyTree[Array]) -> Loaded:
         """Step k from `state` in every lane that has one, else a harmless one."""
+        y, inner = state
+        loaded = Loaded(y, inner, *tapes.times(self.tape, k))
         if not self.traced.uniform:
-            mine = k < self.steps
-            k, state = jnp.where(mine, k, 0), choose(mine, state, self.first)
-        return Loaded(*self.donors.lend((*state, *tapes.times(self.tape, k))))
+            loaded = choose(k < self.steps, loaded, self.first)
+        return cast(Loaded, self.donors.lend(loaded))
 
     def times(self, k: Array) -> tuple[Array, Array, Array]:
         """Where step k starts and ends in every lane that has one, else its last step."""
-        if not self.traced.uniform:
-            k = jnp.clip(jnp.broadcast_to(k, self.steps.shape), 0, jnp.maximum(self.steps - 1, 0))
-        return tapes.times(self.tape, k)
+        times = tapes.times(self.tape, k)
+        return times if self.traced.uniform else choose(k < self.steps, times, self.last_times)
 
     def advance(self, loaded: Loaded, memory: PyTree[Array]):
         """The state behind a step, and the memory of the noise."""
@@ -249,7 +250,7 @@ class Pull:
 
     def first_cache(self, ct: Running) -> Running:
         """From the cotangents of the first cache to those of what it was evaluated from."""
-        loaded, (ct_state, ct_cache) = self.load(jnp.zeros((), jnp.int32), self.first), ct.state
+        loaded, (ct_state, ct_cache) = self.donors.lend(self.first), ct.state
         evaluate = lambda consts, y, aux: self.traced.cache(consts, aux[0], y, aux[1])
         aux = (loaded.t0, loaded.state[0])
         _, ct_consts, ct_y = self.transpose(
