@@ -203,7 +203,6 @@ class Pull:
         self._advance = batch.per_lane(traced.advance)
         y, state = tapes.get(trail.tape.states, start) or (None, None)
         self.first = Loaded(y, state, *tapes.times(trail.tape, start))
-        self.last_times = tapes.times(trail.tape, jnp.maximum(trail.steps - 1, 0))
 
     def alive(self, ct: PyTree[Array]) -> PyTree[Array]:
         """Cotangents, without those of lanes that failed."""
@@ -216,11 +215,6 @@ class Pull:
         if not self.traced.uniform:
             loaded = choose(k < self.steps, loaded, self.first)
         return cast(Loaded, self.donors.lend(loaded))
-
-    def times(self, k: Array) -> tuple[Array, Array, Array]:
-        """Where step k starts and ends in every lane that has one, else its last step."""
-        times = tapes.times(self.tape, k)
-        return times if self.traced.uniform else choose(k < self.steps, times, self.last_times)
 
     def advance(self, loaded: Loaded, memory: PyTree[Array]):
         """The state behind a step, and the memory of the noise."""

@@ -20,7 +20,7 @@ is undone first and then pulled back as a stored one would be.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -238,13 +238,21 @@ class _Backward:
     def __init__(self, pull: Pull, rehearsed: Rehearsed):
         self.pull, self.rehearsed, self.solver = pull, rehearsed, rehearsed.solver
         self.steps = pull.donors.lend(pull.steps)  # a lane that failed goes with its donor
+        self.last = tapes.times(pull.tape, jnp.maximum(pull.steps - 1, 0))
         self.control = pull.batch.per_lane(rehearsed.control)
         self.retreat = pull.batch.per_lane(rehearsed.retreat)
         self.fused = all(save.is_linear for save in pull.traced.saves) and pull.judged is None
 
+    def times(self, k: Array) -> tuple[Array, Array, Array]:
+        """Where step k starts and ends in every lane that has one, else its last step."""
+        times = tapes.times(self.pull.tape, k)
+        if not self.pull.traced.uniform:
+            times = choose(k < self.pull.steps, times, self.last)
+        return cast(Any, self.pull.donors.lend(times))
+
     def when(self, k: Array, memory: PyTree[Array]) -> tuple[When, PyTree[Array]]:
         """Step k of every lane, and the memory of the noise."""
-        t0, t1, jump = self.pull.donors.lend(self.pull.times(k))
+        t0, t1, jump = self.times(k)
         increments, memory = self.pull.draw(t0, t1, memory)
         control = self.control(self.pull.consts, t0, t1, increments)
         return When(t0, t1, jump, control, increments), memory
@@ -260,7 +268,7 @@ class _Backward:
         def step(j, carry):
             (y, others), ct = carry
             k = k0 + length - 1 - j
-            t0, t1, jump = self.pull.donors.lend(self.pull.times(k))
+            t0, t1, jump = self.times(k)
             increments, memory = self.pull.draw(t0, t1, ct.memory)
             ct, members = ct._replace(memory=memory), self.solver.members(y, others)
             members = self.retreat(self.pull.consts, members, t0, t1, jump, increments)

@@ -1,5 +1,6 @@
 """The tape against a Python list of everything that was written to it."""
 
+import diffrax as dfx
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nde.solvers import EES25, DiscreteAdjoint, ReversibleAdjoint
 from nde.solvers import tape as tapes
 
 LONGEST = 1200
@@ -151,3 +153,25 @@ def test_lanes_in_lockstep_share_their_rows():
     for k in (0, 2, 4):
         state = tapes.get(tape.states, tapes.slot(jnp.int32(k), SLOTS))
         np.testing.assert_array_equal(state, np.arange(3.0) + 10 * k)
+
+
+@pytest.mark.parametrize("solver", [dfx.Tsit5(), EES25()], ids=lambda s: type(s).__name__)
+def test_the_way_back_reads_a_step_of_all_lanes_at_once(solver):
+    """Element by element, from times that are long, XLA reads in parallel: dearer than a small step."""
+    adjoint = DiscreteAdjoint() if isinstance(solver, dfx.Tsit5) else ReversibleAdjoint()
+    rows = 1002  # max_steps, and two
+
+    def loss(rate, y0):
+        controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
+        solve = lambda y0: dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -rate * y), solver, 0.0, 1.0, 0.1, y0,
+            stepsize_controller=controller, adjoint=adjoint, max_steps=1000,
+        )  # fmt: skip
+        return jnp.sum(jax.vmap(solve)(y0).ys)
+
+    text = jax.jit(jax.grad(loss)).lower(1.0, jnp.arange(1.0, 4.0)).as_text()
+    reads = [line for line in text.splitlines() if f"(tensor<{rows}x3xf64>" in line]
+    by_element = [line for line in reads if "stablehlo.gather" in line]
+    by_row = [line for line in reads if "stablehlo.dynamic_slice" in line]
+    # Where the reversal of a lane ends is looked up once, before the loop.
+    assert len(by_element) <= 2 * isinstance(solver, EES25) and by_row
