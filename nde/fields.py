@@ -150,7 +150,10 @@ class Batched(eqx.Module):
     operations than `jax.vmap` of the model, and as many steps as the hardest example asks for.
 
     Args:
-        field: `field(t, y, args) -> dy` of one example.
+        field: `field(t, y, args) -> dy` of one example; `hybrid.vector_field` of a `HybridODE`.
+
+    Raises:
+        ValueError: at a call, for a state or `args` without one entry per example.
 
     Example:
         >>> model = nde.NeuralODE(nde.fields.Batched(field))
@@ -163,5 +166,11 @@ class Batched(eqx.Module):
         self, t: Float[Array, ""], y: Float[Array, "examples ..."], args: Array | None = None
     ) -> Float[Array, "examples ..."]:
         """The rates of change, shaped like `y`. `args`: None, or with a leading example axis."""
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves((y, args))]
+        if any(shape[:1] != shapes[0][:1] or shape == () for shape in shapes):
+            raise ValueError(
+                f"`y0` and `args` of a Batched field have shapes {shapes}; each has a leading axis of "
+                "the same length, one entry per example."
+            )
         axes = (None, 0, None if args is None else 0)
         return jax.vmap(self.field, in_axes=axes)(t, y, args)

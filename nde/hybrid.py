@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from nde._protocol import AbstractODE, check_callable
+from nde.fields import Batched
 
 __all__ = ["Bounded", "Frozen", "HybridODE", "Positive", "additive"]
 
@@ -167,6 +168,12 @@ class HybridODE(AbstractODE):
     combine: Callable = eqx.field(default=additive, kw_only=True)
 
     def __check_init__(self):
+        if isinstance(self.known, Batched):
+            raise ValueError(
+                "`known` is a Batched field, which would take the parameters for those of single "
+                "examples. Make the model of one example, and batch all of it: "
+                "nde.NeuralODE(nde.fields.Batched(hybrid.vector_field))."
+            )
         check_callable("known", self.known, "(t, y, parameters)")
         if self.network is not None:
             check_callable("network", self.network, "(t, y, args)")

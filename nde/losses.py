@@ -104,8 +104,8 @@ def trajectory(
     Give it to `nde.fit` as it is, or with its options bound:
     `functools.partial(losses.trajectory, horizon=optax.linear_schedule(0.1, 1.0, 500))`.
 
-    A solve that fails does not count and reaches no gradient; `nde.fit` stops when more than a
-    tenth of them do.
+    A solve that fails does not count and, with an adjoint of `nde.solvers`, reaches no gradient;
+    `nde.fit` stops when more than a tenth of them do.
 
     Args:
         model: An ODE model: `model.solve(ts, y0, throw=False)`.

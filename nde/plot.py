@@ -29,6 +29,8 @@ def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
         ax: Where to draw.
         style: Passed to `Axes.plot` for the median, such as `color` or `label`.
     """
+    if len(history) == 0:
+        raise ValueError("`history` has no steps to draw.")
     ax = _axis(ax)
     rows = np.where(history["skipped"], np.nan, history["loss"])
     steps = np.arange(rows.size)

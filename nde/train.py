@@ -327,6 +327,12 @@ def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: P
             if examples
             else ""
         )
+        failed = np.max(record.get("failed", 0.0))
+        if failed > 0:
+            where += (
+                f", where {failed:.0%} of the solves failed (an adjoint of diffrax lets them reach the "
+                "gradient, `nde.solvers.DiscreteAdjoint()` does not)"
+            )
         raise NonFiniteError(
             f"{what} is not finite at step {step}{where}, for {job.max_skips} steps in a row. The "
             "last good model is in `error.model`. Lower the learning rate, clip the gradient "

@@ -49,11 +49,6 @@ class Donors(NamedTuple):
         return choose(used, const, theirs[(None,) * used.ndim])
 
 
-def borrowed(due: Bool[Array, " lanes"], tree: PyTree[Array]) -> PyTree[Array]:
-    """Lane-wise arrays, with those of a lane that is due in the others."""
-    return _taken(jnp.where(due, jnp.arange(due.shape[0]), jnp.argmax(due)), tree)
-
-
 def _taken(source: Int[Array, " lanes"], tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(lambda x: x.at[source].get(mode="promise_in_bounds"), tree)
 

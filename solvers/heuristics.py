@@ -13,8 +13,9 @@ the step has not evaluated already.
     error estimate        sum_j E_j h_j        (`reduce="sum"`; or the mean, or the maximum, over steps)
     stiffness estimate    sum_j S_j
 
-The steps themselves carry no gradient: h is a constant, the scale is not. At e = 0 or g_last = g_prev
-the value is 0 with gradient 0.
+The steps themselves carry no gradient: h is a constant, the scale is not. At e = 0 the value is 0 with
+gradient 0, and so it is where k_last - k_prev or g_last - g_prev is within the rounding of a stage (in
+single precision that is so in steps that are short for the accuracy of the method).
 
 Reference:  Opening the Blackbox: Accelerating Neural Differential Equations by Regularizing Internal
             Solver Heuristics (2021) | arXiv:2105.03918
@@ -34,6 +35,8 @@ from jaxtyping import Array, Float, PyTree
 
 from nde.solvers.explicit_rk import combine, tableau_of
 from nde.solvers.sosri import SOSRI2
+
+_ROUNDINGS = 32  # of a stage: a difference that is larger is known to a few per cent
 
 # Where the real axis leaves the region of absolute stability. That of SOSRI2 is as published; the
 # published coefficients leave it at 10.453.
@@ -206,5 +209,9 @@ def _quotient(weights: Sequence[float], length: Array, ks: Sequence[PyTree]) -> 
     """rms(k_last - k_prev) / (h rms(g_last - g_prev)); the differences of the g are sums of k."""
     apart = _rms(combine(None, weights, list(ks)))
     moved = _rms(jax.tree.map(jnp.subtract, ks[-1], ks[-2]))
-    below = length.astype(apart.dtype) * apart
-    return jnp.where(below > 0, moved / jnp.where(below > 0, below, 1), 0)
+    # Both are small differences: below that they are rounding, and so is their quotient.
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(ks[-1]))
+    least = _ROUNDINGS * eps * jax.lax.stop_gradient(_rms(ks[-1]))
+    known = (moved > least) & (apart > least * float(np.abs(weights).sum()))
+    below = length.astype(apart.dtype) * jnp.where(known, apart, 1)
+    return jnp.where(known, moved / below, 0)

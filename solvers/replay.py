@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from nde.solvers import tape as tapes
-from nde.solvers.donors import borrowed, donors
+from nde.solvers.donors import donors
 from nde.solvers.engine import Cotangents
 from nde.solvers.forward import Moving, choose, masked
 from nde.solvers.heuristics import Judged
@@ -263,13 +263,31 @@ class Pull:
         y, state = choose(active, (ct_y, ct_state), (ct.y, ct.state))
         return ct._replace(y=y, state=state, consts=added(ct.consts, ct_consts))
 
-    def transpose(self, fn, uses, x, aux, ct_out):
+    def transpose(self, fn, uses, x, aux, ct_out, consts=None):
         """The value, and the cotangents of the wanted constants (by number) and of `x`."""
-        numbers = [i for i in range(len(self.consts)) if i in self.wanted and i in uses]
-        wrt = [i in numbers for i in range(len(self.consts))]
+        consts = self.consts if consts is None else consts
+        numbers = [i for i in range(len(consts)) if i in self.wanted and i in uses]
+        wrt = [i in numbers for i in range(len(consts))]
         pull = self.batch.pull(fn, wrt)
-        value, ct_consts, ct_x = pull(self.consts, x, aux, ct_out)
+        value, ct_consts, ct_x = pull(consts, x, aux, ct_out)
         return value, dict(zip(numbers, ct_consts, strict=True)), ct_x
+
+    def output(self, fn, save: Save, uses, due: Array, x, aux, ct_out):
+        """The cotangents of an output that is due in some lanes: of the constants, and of `x`.
+
+        It may have no derivative where it is not saved: there a lane borrows from one that is due, the
+        constants included, as they belong to the point.
+        """
+        consts = self.consts
+        if not save.plain:
+            who = donors(due.astype(jnp.int32), self.batch, consts)
+            lent = who.lend_consts(consts, self.batch)
+            consts = [
+                b if i in uses else a for i, (a, b) in enumerate(zip(consts, lent, strict=True))
+            ]
+            x, aux = who.lend((x, aux))
+        _, ct_consts, ct_x = self.transpose(fn, uses, x, aux, masked(due, ct_out), consts)
+        return ct_consts, masked(due, ct_x)
 
     def filled(self, ct_consts: dict[int, Array]) -> dict[int, Array]:
         """With zeros for the wanted constants that are missing."""
@@ -296,14 +314,12 @@ class Pull:
     def at_step(self, j, save: Save, fn: Hoisted, k, active, t1, y1, ct: Running) -> Running:
         due = active & ((k + 1) % save.every == 0)
         row = jnp.where(due, save.row(ct.ts_index[j], k + 1) - 1, 0)
-        ct_out = masked(due, tapes.get(self.saved[j], row))
+        ct_out = tapes.get(self.saved[j], row)
         at_step = lambda consts, y, t: _inexact(fn(consts, t, y))
 
         def pulled() -> Running:
-            # It may have no derivative at a point that is not saved.
-            y, t = (y1, t1) if save.plain else borrowed(due, (y1, t1))
-            _, ct_consts, ct_y = self.transpose(at_step, fn.uses, y, t, ct_out)
-            y = jax.tree.map(jnp.add, ct.y, masked(due, ct_y))
+            ct_consts, ct_y = self.output(at_step, save, fn.uses, due, y1, t1, ct_out)
+            y = jax.tree.map(jnp.add, ct.y, ct_y)
             return ct._replace(y=y, consts=added(ct.consts, ct_consts))
 
         return pulled() if save.plain else jax.lax.cond(jnp.any(due), pulled, lambda: ct)
@@ -326,12 +342,9 @@ class Pull:
             index, ct_dense, ct_all = carry
             t, due = last_time(index)
             row = jnp.where(due, save.row(index - 1, jnp.broadcast_to(k, due.shape)), 0)
-            ct_out = masked(due, tapes.get(self.saved[j], row))
-            x, aux = dense, (t0, t1, jnp.where(due, t, t1))
-            if not save.plain:
-                x, aux = borrowed(due, (x, aux))
-            _, ct_consts, ct_here = self.transpose(at_time, fn.uses, x, aux, ct_out)
-            ct_dense = jax.tree.map(jnp.add, ct_dense, masked(due, ct_here))
+            ct_out, aux = tapes.get(self.saved[j], row), (t0, t1, jnp.where(due, t, t1))
+            ct_consts, ct_here = self.output(at_time, save, fn.uses, due, dense, aux, ct_out)
+            ct_dense = jax.tree.map(jnp.add, ct_dense, ct_here)
             return index - due.astype(jnp.int32), ct_dense, added(ct_all, ct_consts)
 
         index, ct_dense, ct_consts = jax.lax.while_loop(

@@ -307,7 +307,8 @@ class _Backward:
         going = jax.lax.fori_loop(0, length, step, going)
         answers = self._answers(self.rehearsed.finish, going.following, going.following)
         members, cts, ct_consts = solver.finish_rewind(answers, going.back)
-        y, state = solver.split(cts)
+        # A lane without a step of its own has gone with its donor, and has nothing to show for it.
+        y, state = choose(pull.steps > 0, solver.split(cts), (ct.y, ct.state))
         consts = added(going.consts, ct_consts or {})
         return solver.split(members), Running(y, state, consts, going.ts_index, going.memory)
 

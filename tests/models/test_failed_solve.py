@@ -5,11 +5,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import nde
 from nde import _run
 from nde.solvers import SolveError
+from nde.train import NonFiniteError
 
 TS, Y0 = jnp.linspace(0.0, 1.0, 5), jnp.array([1.0, 2.0])
 LONG = 1e4 * TS
@@ -131,3 +133,24 @@ def test_another_adjoint_may_fail_where_ours_does_not():
     with pytest.raises(SolveError, match="adjoint=nde.solvers.DiscreteAdjoint") as raised:
         model(10 * TS, jnp.zeros(1))
     assert raised.value.cause == "unknown"
+
+
+@pytest.mark.parametrize(
+    "adjoint", [nde.solvers.DiscreteAdjoint(), dfx.RecursiveCheckpointAdjoint()]
+)
+def test_one_failed_solve_of_a_batch(adjoint):
+    """Too few to stop for. With an adjoint of diffrax its nan reaches the gradient: that is said."""
+    decay = lambda t, y, p: -p * jnp.log(y)
+    model = nde.HybridODE(decay, None, 0.7, adjoint=adjoint, max_steps=64)
+    y0s = jnp.linspace(0.5, 2.0, 12).at[4].set(-1.0)
+    data = (jnp.tile(TS, (12, 1)), jnp.tile(y0s[:, None, None], (1, 5, 1)))
+    train = lambda: nde.fit(
+        model, nde.losses.trajectory, data, optim=optax.adam(1e-2), steps=3, max_skips=2,
+        progress=False, key=jax.random.key(0),
+    )  # fmt: skip
+    if isinstance(adjoint, nde.solvers.DiscreteAdjoint):
+        _, history = train()
+        assert not history["skipped"].any() and np.allclose(history["failed"], 1 / 12)
+        return
+    with pytest.raises(NonFiniteError, match=r"where 8% of the solves failed .*DiscreteAdjoint"):
+        train()

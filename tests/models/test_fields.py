@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nde.fields import MLPField
+from nde.fields import Batched, MLPField
 
 
 def naive(field, inputs, scale):
@@ -53,3 +53,13 @@ def test_out_size_makes_a_term_and_final_activation_replaces_tanh():
     last = field.mlp.layers[1]
     expected = 2.0 * (np.asarray(last.weight) @ hidden + np.asarray(last.bias))
     np.testing.assert_allclose(field(0.0, y), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "y, args",
+    [(np.ones((4, 2)), np.ones(())), (np.ones((4, 2)), np.ones((3, 1))), (np.ones(()), None)],
+)
+def test_a_batched_field_says_what_it_needs(y, args):
+    field = Batched(lambda t, y, args: -y)
+    with pytest.raises(ValueError, match="`y0` and `args` .* one entry per example"):
+        field(0.0, jnp.asarray(y), args)

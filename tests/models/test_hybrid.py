@@ -111,3 +111,15 @@ def test_fit_recovers_a_rate_and_leaves_the_frozen_one_alone():
     values = fitted.physical_parameters()
     assert float(values["rate"]) == pytest.approx(1.5, abs=1e-3)
     assert float(values["capacity"]) == 2.0
+
+
+def test_a_hybrid_is_batched_as_a_whole():
+    """Alone, the known equations would take the parameters for those of the examples."""
+    with pytest.raises(ValueError, match=r"NeuralODE\(nde.fields.Batched\(hybrid.vector_field\)\)"):
+        nde.HybridODE(nde.fields.Batched(logistic), None, {"rate": 1.5, "capacity": 2.0})
+    hybrid = nde.HybridODE(logistic, None, {"rate": Positive(1.5), "capacity": 2.0}, **TIGHT)
+    y0s = jnp.array([[0.3], [0.6]])
+    batched = nde.NeuralODE(nde.fields.Batched(hybrid.vector_field), **TIGHT)
+    np.testing.assert_allclose(batched(TS, y0s)[:, 0], hybrid(TS, y0s[0]), atol=1e-8)
+    grads = eqx.filter_grad(lambda m: m(TS, y0s).sum())(batched)
+    assert all(np.all(g != 0) for g in jax.tree.leaves(grads))

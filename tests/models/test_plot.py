@@ -93,6 +93,11 @@ def test_no_observation_in_sight(ax):
     assert [line.get_xdata().size for line in ax.lines] == [4, 0, 4, 0]
 
 
+def test_a_history_without_steps(ax):
+    with pytest.raises(ValueError, match="`history` has no steps"):
+        plot.loss(History({}, 0.0), ax)
+
+
 def test_phase_refuses_what_is_not_planar(ax):
     draw = lambda field, ys=None: plot.phase(field, (-1.0, 1.0), (1.0, -1.0), ys, ax, grid=4)
     with pytest.raises(ValueError, match=r"`vector_field` .*\(f64\[\], f64\[\]\).*\(2,\)"):

@@ -295,3 +295,28 @@ def test_mistakes(name):
     make, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("solver", [dfx.Tsit5(), dfx.Dopri5()], ids=lambda s: type(s).__name__)
+def test_stiffness_that_is_rounding_counts_as_zero(solver):
+    """In single precision the last stages of a short step differ by rounding alone."""
+    ts = jnp.array([0.0, 1e-3, 1e-2, 0.1, 0.5, 1.0, 1.6])
+    adjoint = DiscreteAdjoint(estimates=Estimates(series=True))
+
+    def steps(w, dtype):
+        cast = lambda x: jnp.asarray(x, dtype)
+        term = dfx.ODETerm(lambda t, y, w: 2 * jnp.tanh(cast(w) @ y))
+        return dfx.diffeqsolve(
+            term, solver, cast(0.0), cast(1.6), None, cast(Y0S[0]), w, adjoint=adjoint,
+            stepsize_controller=dfx.StepTo(cast(ts)), max_steps=6,
+        ).stats["stiffness_steps"]  # fmt: skip
+
+    single, double = (steps(jnp.asarray(WEIGHTS), dtype) for dtype in (jnp.float32, jnp.float64))
+    known = np.asarray(single > 0)
+    assert np.all(double > 0) and not known[0] and np.all(known[3:])
+    np.testing.assert_allclose(single[known], double[known], rtol=0.05)
+    slope = lambda dtype: jax.grad(lambda w: steps(w, dtype) @ known.astype(dtype))(
+        jnp.asarray(WEIGHTS)
+    )
+    exact = slope(jnp.float64)
+    np.testing.assert_allclose(slope(jnp.float32), exact, atol=0.05 * np.abs(exact).max())
