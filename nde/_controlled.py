@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from nde._protocol import Rates, check_state, check_times
+from nde._protocol import Rates, check_count, check_state, check_times
 from nde._run import run
 from nde.paths import AbstractControl
 from nde.solvers.checks import check_tolerances
@@ -132,12 +132,9 @@ def stepping(
 
 def check_steps(steps_per_interval: int | None) -> None:
     """A positive integer, or None."""
-    steps = steps_per_interval
-    if steps is not None and (not isinstance(steps, int | np.integer) or steps < 1):
-        raise ValueError(
-            f"`steps_per_interval` is {steps!r}; it is an integer >= 1, or None to let "
-            "`stepsize_controller` choose the steps."
-        )
+    if steps_per_interval is not None:
+        hint = ", or None to let `stepsize_controller` choose the steps"
+        check_count("steps_per_interval", steps_per_interval, hint)
 
 
 def check_control(control: AbstractControl, causal: bool) -> None:

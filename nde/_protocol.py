@@ -199,9 +199,8 @@ def check_numerics(model: AbstractODE) -> None:
             raise ValueError(f"`{name}` is the class {value.__name__}; write `{value.__name__}()`.")
         if not isinstance(value, kind):
             raise ValueError(f"`{name}` is {value!r}; it must be an instance of {kind.__name__}.")
-    steps = model.max_steps
-    if steps is not None and (not isinstance(steps, int | np.integer) or steps < 1):
-        raise ValueError(f"`max_steps` is {steps!r}; it must be an integer >= 1, such as 4096.")
+    if model.max_steps is not None:
+        check_count("max_steps", model.max_steps, ", such as 4096")
     dt0 = _number(model.dt0)
     if dt0 == 0:
         raise ValueError("`dt0` is zero; give a step, or `dt0=None` to let the controller choose.")
@@ -339,10 +338,10 @@ def check_callable(name: str, function: Any, arguments: str) -> None:
         ) from error
 
 
-def check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any, hint: str = "") -> None:
     """`value` is a positive integer."""
     if not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1.")
+        raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1{hint}.")
 
 
 def check_key(key: Any) -> None:

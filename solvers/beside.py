@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from nde.solvers import lanes
-from nde.solvers.donors import donors, rejoined, separated
+from nde.solvers.donors import cleared, donors, rejoined, separated
 from nde.solvers.forward import masked
 from nde.solvers.hoist import Hoisted, Pool
 from nde.solvers.lanes import Batch, Slot
@@ -79,7 +79,8 @@ class _Beside:
         none = lambda: jax.tree.map(blank, jax.eval_shape(pulled))
         ct_consts, ct_args = jax.lax.cond(jnp.any(healthy), pulled, none)
         numbers = [i for i in range(n) if perturbed[i]]
-        moved = [rejoined(batch, own, i, ct) for i, ct in zip(numbers, ct_consts, strict=True)]
+        totals = cleared(healthy, dict(zip(numbers, ct_consts, strict=True)), own)
+        moved = [rejoined(batch, own, i, total) for i, total in totals.items()]
         for i, ct in enumerate(ct_args, start=first):
             if perturbed[i]:
                 moved.append(batch.gather(ct, batch.levels[i]))

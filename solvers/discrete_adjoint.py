@@ -20,6 +20,7 @@ import equinox as eqx
 
 from nde.solvers import loop, replay
 from nde.solvers import tape as tapes
+from nde.solvers.donors import cleared
 from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving
 from nde.solvers.heuristics import Estimates
@@ -96,4 +97,4 @@ class _StoredSolve(AbstractSolve):
     def pull_back(self, traced, consts, start, batch, kept, ct, wanted) -> Gradients:
         trail = replay.opened(kept)
         out = replay.run(traced, consts, start.ts, batch, trail, ct, wanted, self._states)
-        return Gradients(out.y, out.state, out.consts)
+        return Gradients(out.y, out.state, cleared(trail.steps > 0, out.consts, batch))

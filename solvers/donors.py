@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from nde.solvers.forward import choose
+from nde.solvers.forward import choose, masked
 from nde.solvers.lanes import Batch
 
 
@@ -47,6 +47,21 @@ class Donors(NamedTuple):
         place = jnp.unravel_index(self.best, batch.sizes)
         theirs = const[tuple(p for p, h in zip(place, has, strict=True) if h)]
         return choose(used, const, theirs[(None,) * used.ndim])
+
+
+def cleared(
+    healthy: Bool[Array, " lanes"], totals: dict[int, Array], batch: Batch
+) -> dict[int, Array]:
+    """The cotangents of constants, with zeros where no healthy lane has a part in one: nothing is zero
+    times what was borrowed, unless that is nan.
+    """
+    out = {}
+    for i, total in totals.items():
+        apart = [k < batch.outer or has for k, has in enumerate(batch.levels[i])]
+        others = tuple(k for k, own in enumerate(apart) if not own)
+        used = jnp.any(healthy.reshape(batch.sizes), axis=others)
+        out[i] = masked(used, total) if any(apart) else total
+    return out
 
 
 def _taken(source: Int[Array, " lanes"], tree: PyTree[Array]) -> PyTree[Array]:

@@ -34,6 +34,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import loop, replay, rewind
 from nde.solvers import tape as tapes
+from nde.solvers.donors import cleared
 from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving, choose
 from nde.solvers.heuristics import Estimates
@@ -133,7 +134,7 @@ class _ReversedSolve(AbstractSolve):
         trail, end = replay.opened(trail), jax.tree.map(lambda x: x[0], end)
         args = (consts, start.ts, batch, trail, end, ct, wanted, self._every)
         out = rewind.run(traced, self._rehearsed, *args)
-        return Gradients(out.y, out.state, out.consts)
+        return Gradients(out.y, out.state, cleared(trail.steps > 0, out.consts, batch))
 
     def examine(self, consts, start, batch, out) -> dict[str, Array]:
         if not self.examines:

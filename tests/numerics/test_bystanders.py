@@ -132,6 +132,24 @@ def test_levels_of_constants_beside_the_loop():
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["Tsit5", "ReversibleHeun"])
+@pytest.mark.parametrize("rates", [0.5, [0.5, 0.6]], ids=["shared", "own"])
+def test_a_failed_lane_does_not_share_the_nan_of_the_lane_it_borrows_from(name, rates):
+    """The derivative of the square root is infinite in lane 0; lane 1 fails."""
+    solver, adjoint = PAIRS[name]
+
+    def loss(rate, y):
+        field = lambda t, y, rate: -rate * jnp.sqrt(y)
+        return dfx.diffeqsolve(
+            dfx.ODETerm(field), solver, 0.0, 1.0, 0.25, y, rate, adjoint=adjoint, max_steps=6,
+            saveat=dfx.SaveAt(t1=True, fn=lambda t, y, rate: rate * y), throw=False,
+        ).ys[0]  # fmt: skip
+
+    gradient = jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(0 if np.ndim(rates) else None, 0))
+    grads = gradient(jnp.asarray(rates), jnp.array([0.0, -1.0]))
+    assert np.isnan(grads[0][0]) and not np.any(np.asarray(grads)[:, 1])
+
+
 # --- outputs without a derivative ----------------------------------------------------------------
 
 
@@ -175,7 +193,7 @@ def test_a_lane_with_nothing_due_is_not_pulled_back(solver, adjoint):
 
 @pytest.mark.parametrize(
     "solver, adjoint",
-    [(dfx.Heun(), DISCRETE), (ReversibleHeun(), REVERSIBLE), (EES25(), REVERSIBLE)],
+    [(dfx.Heun(), DISCRETE), (ReversibleHeun(), REVERSIBLE)],
 )
 @pytest.mark.parametrize("saved", ["steps", "ts"])
 def test_a_lane_with_nothing_due_is_not_evaluated_at_the_point_of_another(solver, adjoint, saved):
