@@ -207,6 +207,7 @@ def begin(
     state = stepper.state(init_state.solver_state)
     if jax.tree.leaves(state) and not passed:
         times = (init_state.tprev, init_state.tnext)
+        state = stepper.settled(init_state.tprev, init_state.y, state)
         healthy = all_finite((init_state.y, state))
         state = differentiated(stepper.init, state, healthy, *times, init_state.y)
     return Start(

@@ -71,6 +71,12 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
         return implicit.root_finder
 
     @property
+    def scan_kind(self):
+        """Of a Runge-Kutta method: `diffrax.DirectAdjoint` sets it."""
+        explicit: Any = self.solver
+        return explicit.scan_kind
+
+    @property
     def term_compatible_contr_kwargs(self):
         return self.solver.term_compatible_contr_kwargs
 
@@ -102,7 +108,7 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
         # Rejected steps are differentiated too, and the controller may have other tolerances: where
         # these are zero there is no unit.
         error_in_units = jax.tree.map(finite, judge.in_units(error, y0, y1))
-        judged = judge(jnp.asarray(t0), jnp.asarray(t1), error_in_units, ks)
+        judged = judge(jnp.asarray(t0), jnp.asarray(t1), y0, error_in_units, ks)
         new = {
             "error_estimate": judged.error * judged.length,
             "stiffness_estimate": judged.stiffness,

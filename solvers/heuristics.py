@@ -96,12 +96,14 @@ class Judge(NamedTuple):
         rtol, atol = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (self.rtol, self.atol))
         return jax.tree.map(functools.partial(_in_units, rtol, atol), error, y0, y1)
 
-    def __call__(self, t0: Array, t1: Array, error: PyTree, ks: Sequence[PyTree] | None) -> Judged:
+    def __call__(
+        self, t0: Array, t1: Array, y0: PyTree[Array], error: PyTree, ks: Sequence[PyTree] | None
+    ) -> Judged:
         """The estimates of the step from t0 to t1: `error` is in units, `ks` are its stages times h."""
         length = jax.lax.stop_gradient(jnp.abs(t1 - t0))
         stiffness = None
         if self.apart is not None and ks is not None:
-            stiffness = _quotient(self.apart, length, ks) / self.limit
+            stiffness = _quotient(self.apart, length, y0, ks) / self.limit
         return Judged(_rms(error), stiffness, length)
 
 
@@ -183,9 +185,11 @@ def _rms_jvp(primals, tangents):
     (tree,), (tree_dot,) = primals, tangents
     out, count = _rms(tree), sum(x.size for x in jax.tree.leaves(tree))
     fine = (out > 0) & jnp.isfinite(out)
-    weight = jnp.where(fine, 1 / (count * jnp.where(fine, out, 1)), 0)
-    dots = jax.tree.map(lambda x, x_dot: jnp.vdot(finite(x), x_dot), tree, tree_dot)
-    return out, weight * sum(jax.tree.leaves(dots))
+    size = count * jnp.where(fine, out, 1)
+    dots = jax.tree.map(
+        lambda x, x_dot: jnp.vdot(jnp.where(fine, finite(x) / size, 0), x_dot), tree, tree_dot
+    )
+    return out, functools.reduce(jnp.add, jax.tree.leaves(dots))
 
 
 def finite(x: Array) -> Array:
@@ -205,13 +209,16 @@ def _apart(solver: diffrax.AbstractSolver) -> Sequence[float] | None:
     return weights.tolist()
 
 
-def _quotient(weights: Sequence[float], length: Array, ks: Sequence[PyTree]) -> Array:
+def _quotient(
+    weights: Sequence[float], length: Array, y0: PyTree[Array], ks: Sequence[PyTree]
+) -> Array:
     """rms(k_last - k_prev) / (h rms(g_last - g_prev)); the differences of the g are sums of k."""
     apart = _rms(combine(None, weights, list(ks)))
     moved = _rms(jax.tree.map(jnp.subtract, ks[-1], ks[-2]))
-    # Both are small differences: below that they are rounding, and so is their quotient.
-    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(ks[-1]))
-    least = _ROUNDINGS * eps * jax.lax.stop_gradient(_rms(ks[-1]))
-    known = (moved > least) & (apart > least * float(np.abs(weights).sum()))
-    below = length.astype(apart.dtype) * jnp.where(known, apart, 1)
+    # Both are small differences, of k and of states: below that they are rounding.
+    k, y = (jax.lax.stop_gradient(_rms(x)) for x in (ks[-1], y0))
+    least = _ROUNDINGS * max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(ks[-1]))
+    known = (moved > least * k) & (apart > least * jnp.maximum(y, k * float(np.abs(weights).sum())))
+    known &= length > 0  # diffrax steps on where a lane has ended
+    below = jnp.where(known, length.astype(apart.dtype) * apart, 1)
     return jnp.where(known, moved / below, 0)

@@ -167,7 +167,7 @@ class _Steps:
             # Written as in the controller: the compiler sees one error norm where there are two.
             guess = jax.tree.map(lambda a, b: jnp.where(jnp.isnan(b).any(), a, b), y, guess)
             error = self.judge.in_units(y_error, y, guess)
-            judged = self.judge(tprev, tnext, error, tried.ks)
+            judged = self.judge(tprev, tnext, y, error, tried.ks)
         return Step(
             jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
             t, t_end, controller_state, result, tried.dense_info if self.dense else None,
@@ -182,7 +182,7 @@ class _Steps:
         judged = None
         if self.judge is not None:
             error = self.judge.in_units(out.y_error, y, out.y1)
-            judged = self.judge(t0, t1, error, out.ks)
+            judged = self.judge(t0, t1, y, error, out.ks)
         inner = (out.state, out.cache) if self.hands_over else out.state
         return out.y1, inner, out.dense_info if self.dense else None, judged
 

@@ -53,8 +53,7 @@ class Evaluations(NamedTuple):
     """How often the vector field is evaluated: once per solve, in every attempt, and behind a jump.
 
     A drift and its diffusion count as one. An implicit stage counts once; what its nonlinear solver
-    evaluates besides is not counted, nor is the first stage that diffrax's own FSAL methods evaluate
-    again where the very first attempt is rejected.
+    evaluates besides is not counted.
     """
 
     start: int
@@ -83,7 +82,13 @@ class AbstractStepper(eqx.Module):
 
     def init(self, t0: Array, t1: Array, y0: PyTree[Array]) -> PyTree[Array]:
         """The state to start from, where the user has passed none."""
-        return self.state(self.solver.init(self.terms, t0, t1, y0, self.args))
+        state = self.state(self.solver.init(self.terms, t0, t1, y0, self.args))
+        return self.settled(t0, y0, state)
+
+    def settled(self, t0: Array, y0: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
+        """The same, given the state that diffrax has prepared."""
+        del t0, y0
+        return state
 
     def cache(self, t: Array, y: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
         """The cache at (t, y, state)."""
@@ -212,20 +217,40 @@ class SolverStepper(AbstractStepper):
     def state(self, passed):
         return jax.tree.map(jnp.asarray, passed)
 
+    def settled(self, t0, y0, state):
+        if not self._hands_over(state):
+            return state
+        # Where one lane begins, or begins anew, diffrax evaluates the first stage in all. In the others
+        # that is not the value handed over: an implicit stage knows it to a tolerance only.
+        _, f0 = state
+        cast = lambda f, like: jnp.asarray(f, like.dtype)
+        f0 = jax.tree.map(cast, self.solver.func(self.terms, t0, y0, self.args), f0)
+        return jnp.array(False), f0
+
+    def _hands_over(self, state: PyTree[Array]) -> bool:
+        """Whether the state is the last stage of a step, and whether it is missing yet."""
+        kind = type(
+            self.solver
+        )  # a wrapper is also an instance, as diffrax sees it, of what it wraps
+        return issubclass(kind, diffrax.AbstractRungeKutta) and state is not None
+
     def cache(self, t, y, state):
         return None
 
+    def _step(self, t0, t1, y0, state, made_jump):
+        if made_jump is not False and self._hands_over(state):
+            fresh = self.settled(t0, y0, state)
+            state = jax.tree.map(lambda a, b: jnp.where(made_jump, a, b), fresh, state)
+            made_jump = False
+        return self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump)
+
     def attempt(self, t0, t1, y0, state, cache, made_jump):
-        y1, y_error, dense_info, state, result = self.solver.step(
-            self.terms, t0, t1, y0, self.args, state, made_jump
-        )
+        y1, y_error, dense_info, state, result = self._step(t0, t1, y0, state, made_jump)
         ks = heuristics.stages(dense_info)
         return Attempt(y1, y_error, ks, dense_info, state, None, result)
 
     def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
-        y1, y_error, dense_info, state, _ = self.solver.step(
-            self.terms, t0, t1, y0, self.args, state, made_jump
-        )
+        y1, y_error, dense_info, state, _ = self._step(t0, t1, y0, state, made_jump)
         if not whole:
             return Advance(y1, state)
         return Advance(y1, state, y_error, heuristics.stages(dense_info), dense_info)

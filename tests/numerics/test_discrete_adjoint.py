@@ -341,3 +341,25 @@ def test_a_wrong_gradient_would_be_seen():
     want = jax.grad(lambda p: jnp.sum(field(0.3, Y0, p)))(PARAMS)
     got = eqx.tree_at(lambda p: p["b"], want, want["b"] * (1 + 1e-11))
     assert relative(got, want) > 1e-12
+
+
+@pytest.mark.parametrize("jumps", [None, np.array([0.7, 0.05])], ids=["smooth", "jumps"])
+def test_an_implicit_lane_is_as_it_is_alone(jumps):
+    """The last stage of a step is the first of the next, but known to a tolerance only: a lane that
+    begins, or waits where it began, must not make the others evaluate it anew."""
+
+    def one(y, t1, jump):
+        controller = dfx.PIDController(rtol=1e-1, atol=1e-2)
+        if jumps is not None:
+            controller = dfx.ClipStepSizeController(controller, jump_ts=jump[None])
+        return dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -5 * y**3 + jnp.sin(5 * t)), dfx.Kvaerno3(), 0.0, t1,
+            0.05, y, adjoint=DiscreteAdjoint(), stepsize_controller=controller, max_steps=40,
+        ).ys[0]  # fmt: skip
+
+    lanes = (np.array([1.0, 1.1]), np.array([2.0, 0.1]), np.zeros(2) if jumps is None else jumps)
+    gradient = jax.jit(jax.value_and_grad(lambda *lanes: jax.vmap(one)(*lanes).sum()))
+    value, got = gradient(*lanes)
+    alone = [gradient(*(x[i : i + 1] for x in lanes)) for i in range(2)]
+    np.testing.assert_allclose(value, sum(v for v, _ in alone), rtol=1e-14)
+    np.testing.assert_allclose(got, np.concatenate([g for _, g in alone]), rtol=1e-12)

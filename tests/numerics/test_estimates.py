@@ -1,6 +1,7 @@
 """Error and stiffness estimates of a solve: their values, gradients and costs."""
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -9,6 +10,7 @@ import optimistix as optx
 import pytest
 from sweeps import sweep
 
+import nde
 from nde.solvers import (
     SOSRI,
     BrownianInterval,
@@ -320,3 +322,47 @@ def test_stiffness_that_is_rounding_counts_as_zero(solver):
     )
     exact = slope(jnp.float64)
     np.testing.assert_allclose(slope(jnp.float32), exact, atol=0.05 * np.abs(exact).max())
+
+
+def test_the_stiffness_of_a_batch_in_single_precision():
+    """Its gradient is a small difference of large cotangents, which must cancel to the last bit.
+
+    Near an equilibrium, where the terms of the field are larger than their sum; the second step.
+    """
+    network = nde.fields.MLPField(1, width=4, depth=1, last_layer_scale=0.1, key=jax.random.key(0))
+    model = nde.HybridODE(
+        lambda t, y, p: -p["k"] * jnp.log(y), network, {"k": 0.7}, max_steps=16,
+        adjoint=DiscreteAdjoint(estimates=Estimates(series=True)),
+    )  # fmt: skip
+
+    def gradient(dtype):
+        cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
+        ts, ys = cast(jnp.linspace(0.0, 2.0, 9)), cast(jnp.linspace(1.5, 3.0, 12)[:, None])
+
+        def second(model):
+            solve = lambda y: model.solve(ts, y).stats["stiffness_steps"][1]
+            return jnp.mean(jax.vmap(solve)(ys))
+
+        return jax.tree.leaves(eqx.filter_jit(eqx.filter_grad(second))(jax.tree.map(cast, model)))
+
+    for got, want in zip(gradient(jnp.float32), gradient(jnp.float64), strict=True):
+        np.testing.assert_allclose(got, want, atol=0.02)
+
+
+@pytest.mark.parametrize("adjoint", [dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint()])
+def test_the_wrapper_in_a_batch_with_an_adjoint_of_diffrax(adjoint):
+    """A lane that has ended takes steps of length zero, where a quotient has no derivative."""
+
+    def stiffness(rate, t1):
+        solver = WithEstimates(dfx.Tsit5(), RTOL, ATOL)
+        state = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, rate: -rate * y**2), solver, 0.0, t1, None, 1.0, rate,
+            stepsize_controller=ADAPTIVE, saveat=dfx.SaveAt(t1=True, solver_state=True),
+            adjoint=adjoint, max_steps=16,
+        ).solver_state  # fmt: skip
+        return state.estimates["stiffness_estimate"]
+
+    ends = np.array([0.5, 3.0])
+    got = jax.jit(jax.vmap(jax.grad(stiffness), in_axes=(None, 0)))(0.7, ends)
+    alone = jax.jit(jax.grad(stiffness))
+    np.testing.assert_allclose(got, [alone(0.7, t) for t in ends], rtol=1e-6)
