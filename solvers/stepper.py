@@ -53,7 +53,7 @@ class Evaluations(NamedTuple):
     """How often the vector field is evaluated: once per solve, in every attempt, and behind a jump.
 
     A drift and its diffusion count as one. An implicit stage counts once; what its nonlinear solver
-    evaluates besides is not counted.
+    evaluates besides is not counted, nor is the first stage in steps that might follow a jump.
     """
 
     start: int
@@ -218,7 +218,7 @@ class SolverStepper(AbstractStepper):
         return jax.tree.map(jnp.asarray, passed)
 
     def settled(self, t0, y0, state):
-        if not self._hands_over(state):
+        if not self._has_last_stage(state):
             return state
         # Where one lane begins, or begins anew, diffrax evaluates the first stage in all. In the others
         # that is not the value handed over: an implicit stage knows it to a tolerance only.
@@ -227,18 +227,18 @@ class SolverStepper(AbstractStepper):
         f0 = jax.tree.map(cast, self.solver.func(self.terms, t0, y0, self.args), f0)
         return jnp.array(False), f0
 
-    def _hands_over(self, state: PyTree[Array]) -> bool:
-        """Whether the state is the last stage of a step, and whether it is missing yet."""
-        kind = type(
-            self.solver
-        )  # a wrapper is also an instance, as diffrax sees it, of what it wraps
-        return issubclass(kind, diffrax.AbstractRungeKutta) and state is not None
+    def _has_last_stage(self, state: PyTree[Array]) -> bool:
+        """Whether the state is the last, implicit stage of a step (or says that there is none yet)."""
+        # A wrapper is also an instance, as diffrax sees it, of what it wraps.
+        kind = type(self.solver)
+        implicit = issubclass(kind, diffrax.AbstractImplicitSolver)
+        return implicit and issubclass(kind, diffrax.AbstractRungeKutta) and state is not None
 
     def cache(self, t, y, state):
         return None
 
     def _step(self, t0, t1, y0, state, made_jump):
-        if made_jump is not False and self._hands_over(state):
+        if made_jump is not False and self._has_last_stage(state):
             fresh = self.settled(t0, y0, state)
             state = jax.tree.map(lambda a, b: jnp.where(made_jump, a, b), fresh, state)
             made_jump = False
