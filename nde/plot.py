@@ -30,7 +30,9 @@ def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
         style: Passed to `Axes.plot` for the median, such as `color` or `label`.
     """
     if len(history) == 0:
-        raise ValueError("`history` has no steps to draw.")
+        raise ValueError(
+            "`history` has no steps to draw; train for one or more: nde.fit(..., steps=100)."
+        )
     ax = _axis(ax)
     rows = np.where(history["skipped"], np.nan, history["loss"])
     steps = np.arange(rows.size)

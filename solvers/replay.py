@@ -281,10 +281,7 @@ class Pull:
         consts = self.consts
         if not save.plain:
             who = donors(due.astype(jnp.int32), self.batch, consts)
-            lent = who.lend_consts(consts, self.batch)
-            consts = [
-                b if i in uses else a for i, (a, b) in enumerate(zip(consts, lent, strict=True))
-            ]
+            consts = who.lend_consts(consts, self.batch)
             x, aux = who.lend((x, aux))
         _, ct_consts, ct_x = self.transpose(fn, uses, x, aux, masked(due, ct_out), consts)
         return ct_consts, masked(due, ct_x)
