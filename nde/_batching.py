@@ -18,6 +18,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
+from nde._history import NonFiniteError
+from nde._protocol import check_spacing
+
 
 class Batch(NamedTuple):
     """What a loss sees of the data at one step.
@@ -51,6 +54,7 @@ class ArrayBatches:
                     f"`batch_size` is {given!r} but the data has {self.size} examples; give an "
                     f"integer from 1 to {self.size}, or None for all of them at every step."
                 )
+        _check_finite(data)
         self.data = jax.tree.map(jnp.asarray, data)
         self.batch_size, self.key = batch_size, key
         self.batches = 1 if batch_size is None else -(-self.size // batch_size)
@@ -105,8 +109,11 @@ class IteratorBatches:
                 "step; lower `steps`, or let it start again (itertools.cycle). The model so far is "
                 "in `error.model`."
             ) from None
-        self.taken += 1
         length = _check_examples(data)
+        # An array on a device is looked at once: the next batches should not wait for it.
+        looked_at = eqx.filter(data, lambda x: self.taken == 0 or isinstance(x, np.ndarray))
+        _check_finite(looked_at, f" of batch {self.taken}")
+        self.taken += 1
         self.size = length if self.size is None else self.size
         if length > self.size:
             raise ValueError(
@@ -167,7 +174,8 @@ def _check_examples(data: PyTree) -> int:
         if not eqx.is_array(leaf) or leaf.ndim == 0:
             raise ValueError(
                 f"`data{jtu.keystr(path)}` is {leaf!r}; every leaf is an array with a leading "
-                "example axis (one series alone: series[None])."
+                "example axis (one series alone: series[None]; lists: np.asarray(data); a loader of "
+                "batches: iter(data))."
             )
         _check_numbers(f"data{jtu.keystr(path)}", leaf)
     lengths = {f"data{jtu.keystr(path)}": leaf.shape[0] for path, leaf in leaves}
@@ -181,6 +189,22 @@ def _check_examples(data: PyTree) -> int:
     return size
 
 
+def _check_finite(data: PyTree, which: str = "") -> None:
+    """Raise if an array of the data holds nan or inf, with its path and the examples that do."""
+    for path, leaf in jtu.tree_leaves_with_path(data):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        bad = ~np.isfinite(np.asarray(leaf)).reshape(leaf.shape[0], -1).all(axis=1)
+        if bad.any():
+            examples = np.flatnonzero(bad).tolist()
+            raise NonFiniteError(
+                f"`data{jtu.keystr(path)}`{which} is not finite in {len(examples)} of {bad.size} "
+                f"examples: {some(examples)}. Leave them out, or fill them in and pass a mask as "
+                "another array of the data, for the loss to leave them out: (ts, ys, mask) with "
+                "nde.losses.trajectory."
+            )
+
+
 def _check_numbers(name: str, leaf: Any) -> None:
     """Raise if jax cannot hold the array, or would change its integers."""
     if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (np.number, bool, jax.dtypes.extended)):
@@ -188,6 +212,8 @@ def _check_numbers(name: str, leaf: Any) -> None:
             f"`{name}` has dtype {leaf.dtype}; give numbers: categories as integers, times as "
             "floats (days since the first)."
         )
+    if _look_like_times(leaf):
+        check_spacing(name, leaf)
     if not jnp.issubdtype(leaf.dtype, np.integer):
         return
     kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
@@ -197,3 +223,18 @@ def _check_numbers(name: str, leaf: Any) -> None:
             f"not fit into {kept}; subtract an offset, or allow 64 bits: "
             'jax.config.update("jax_enable_x64", True).'
         )
+
+
+def _look_like_times(leaf: Any) -> bool:
+    """Whether NumPy has them, in rows that do not turn."""
+    if not isinstance(leaf, np.ndarray) or leaf.ndim != 2 or leaf.shape[1] < 3:
+        return False
+    if not np.issubdtype(leaf.dtype, np.floating):
+        return False
+    steps = np.diff(leaf)
+    return bool(((steps >= 0).all(axis=1) | (steps <= 0).all(axis=1)).all())
+
+
+def some(examples: list[int]) -> str:
+    """The first few numbers of a list."""
+    return f"{examples[:8]}{' and more' if len(examples) > 8 else ''}"

@@ -69,6 +69,20 @@ class History:
         return "\n".join(lines)
 
 
+class NonFiniteError(FloatingPointError):
+    """Data or training that is not finite.
+
+    Args:
+        message: What was found, where, and what to do.
+        model: The last good model; `None` if training had not begun.
+        history: The `History` up to the error; `None` if training had not begun.
+    """
+
+    def __init__(self, message: str, model: Any = None, history: History | None = None):
+        super().__init__(message)
+        self.model, self.history = model, history
+
+
 class Reports:
     """Collects what the compiled steps return, and waits for the device only in `fetch`."""
 

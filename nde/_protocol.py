@@ -255,6 +255,20 @@ def _check_first_step(times: np.ndarray, dt0: float | None) -> None:
         )
 
 
+def check_spacing(name: str, times: np.ndarray) -> None:
+    """The distances between times, along the last axis, survive the precision that jax gives them."""
+    kept, steps = jax.dtypes.canonicalize_dtype(times.dtype), np.diff(times)
+    rounded = np.diff(times.astype(kept).astype(times.dtype))
+    lost = np.abs(rounded - steps) > 0.01 * np.abs(steps)
+    if lost.any():
+        at = tuple(np.argwhere(lost)[0])
+        raise ValueError(
+            f"`{name}` has times {steps[at]} apart that jax would hold as {rounded[at]} apart: they "
+            f"are near {times[at]}, and {kept} has 7 digits. Subtract an offset (such as the first "
+            'time), or allow 64 bits: jax.config.update("jax_enable_x64", True).'
+        )
+
+
 def check_state(y0: PyTree[Float[Array, "..."]]) -> None:
     """`y0`: arrays (in any PyTree) that are floating, not empty and finite."""
     leaves = jtu.tree_leaves_with_path(y0)
@@ -340,7 +354,7 @@ def check_callable(name: str, function: Any, arguments: str) -> None:
 
 def check_count(name: str, value: Any, hint: str = "") -> None:
     """`value` is a positive integer."""
-    if not isinstance(value, int | np.integer) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1{hint}.")
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from nde._protocol import check_key
+from nde._protocol import check_callable, check_count, check_key
 
 __all__ = ["Batched", "MLPField", "MatrixField"]
 
@@ -43,7 +43,8 @@ class MLPField(eqx.Module):
         key: Of the initial weights.
 
     Raises:
-        ValueError: if the state or the context has another shape, or `key` is not one random key.
+        ValueError: for sizes, activations or a `key` that cannot be used, and, at a call, for a state
+            or context of another shape.
     """
 
     mlp: eqx.nn.MLP
@@ -68,6 +69,10 @@ class MLPField(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_key(key)
+        check_callable("activation", activation, "(x)")
+        check_callable("final_activation", final_activation, "(x)")
+        for name, count in (("size", size), ("width", width if depth else 1)):
+            check_count(name, count)
         out_size = size if out_size is None else out_size
         mlp = eqx.nn.MLP(
             size + time + context, out_size, width, depth, activation, final_activation, key=key

@@ -10,9 +10,9 @@ coordinate in which it cannot leave it:
     Bounded     phi = low + (high - low) sigmoid(u)       a probability, an efficiency
     Frozen      phi held fixed                            a measured constant
 
-The sum is the default; `combine` puts the network anywhere in the equations. With `network=None`
-the model is the known equations alone: the mechanistic fit that every hybrid model should be
-compared with.
+The sum is the default; `combine` puts the network, and what is given as `args` (a measured input),
+anywhere in the equations. With `network=None` the model is the known equations alone: the
+mechanistic fit that every hybrid model should be compared with.
 
 A network that starts at zero (`MLPField(..., last_layer_scale=0.0)`) starts the training at the
 known model. Known part and network may both explain the data: then `phi` means nothing, unless the
@@ -150,7 +150,8 @@ class HybridODE(AbstractODE):
         combine: `combine(known, network, t, y, parameters, args) -> dy`, shaped like the state. For
             a network inside the known equations, such as a transmission rate, `lambda known,
             network, t, y, p, args: known(t, y, p | {"rate": jax.nn.softplus(network(t, y,
-            args)[0])})`.
+            args)[0])})`; for an input of each example, `lambda known, network, t, y, p, path:
+            known(t, y, p | {"input": path.evaluate(t)})`, also with `network=None`.
         solver: How one step is taken, a `diffrax` solver.
         stepsize_controller: How long a step is, a `diffrax` step-size controller.
         adjoint: How gradients are taken.
@@ -159,7 +160,7 @@ class HybridODE(AbstractODE):
 
     Raises:
         ValueError: for parts or numerics that can never work, and, at a call, for input that cannot
-            be solved.
+            be solved, and for `args` that nothing takes.
     """
 
     known: Callable
@@ -177,14 +178,22 @@ class HybridODE(AbstractODE):
         check_callable("known", self.known, "(t, y, parameters)")
         if self.network is not None:
             check_callable("network", self.network, "(t, y, args)")
+        if self.combine is not additive:
             check_callable("combine", self.combine, "(known, network, t, y, parameters, args)")
 
     def vector_field(self, t: Float[Array, ""], y: PyTree, args: PyTree[Any]) -> PyTree:
         """The rate of change at time `t`, shape (), and state `y`; shaped like `y`."""
         parameters = self.physical_parameters()
-        if self.network is None:
+        if self.network is None and self.combine is additive:
+            if args is not None:
+                raise ValueError(
+                    "`args` was given, but without a network nothing takes it: `known` sees its "
+                    "parameters only. Say with `combine` where it enters: lambda known, network, t, "
+                    'y, p, args: known(t, y, p | {"input": args}).'
+                )
             return self.known(t, y, parameters)
-        return self.combine(self.known, self.network, t, y, parameters, args)
+        network = _absent if self.network is None else self.network
+        return self.combine(self.known, network, t, y, parameters, args)
 
     def physical_parameters(self) -> PyTree[Float[Array, "..."]]:
         """The parameters by name, in physical units and the shapes they were made with."""
@@ -193,6 +202,14 @@ class HybridODE(AbstractODE):
             self.parameters,
             is_leaf=_is_parameter,
         )
+
+
+def _absent(t: Array, y: PyTree, args: PyTree) -> PyTree:
+    del t, y, args
+    raise ValueError(
+        "`combine` calls the network, but `network` is None; for the known equations alone leave out "
+        "`combine`, or give one that does without."
+    )
 
 
 def _is_parameter(node: Any) -> bool:

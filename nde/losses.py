@@ -111,8 +111,9 @@ def trajectory(
         model: An ODE model: `model.solve(ts, y0, throw=False)`.
         batch: An `nde.train.Batch` whose data is `(ts, ys)`, shapes (examples, times) and
             (examples, times, ...), or `(ts, ys, mask)` where values are missing: True where a value
-            counts, with the leading axes of `ys`. The first row is where the solve starts. A series
-            that repeats its last time has ended there: that is how `nde.paths.pad_series` pads, and
+            counts, with the leading axes of `ys`. The first row is where the solve starts: it must
+            be complete (a value that was filled in counts there if it is good to start from). A
+            series that repeats its last time has ended there: that is how `nde.paths.pad_series` pads, and
             the copies do not count.
         key: Of what the regularizer draws.
         error: `error(prediction, target, mask) -> scalar`, with arrays (examples, times - 1, ...)
@@ -130,6 +131,7 @@ def trajectory(
 
     Raises:
         ValueError: for other data, and for a `horizon` that is not a function.
+        RuntimeError: for an example whose first row is masked.
     """
     ts, ys, observed = _series(batch.data)
     if horizon is not None:
@@ -180,6 +182,13 @@ def _series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]
     observed = jnp.pad(~padded, ((0, 0), (1, 0)), constant_values=True)
     if mask:
         observed = _entries(observed, ys) & _entries(mask[0], ys)
+        ys = eqx.error_if(
+            ys,
+            ~jnp.all(observed[:, 0]),
+            "`mask` leaves out values of the first row of an example, where the solve starts. Begin "
+            "each series at a complete row; or mark what was filled in there as True, if it is good "
+            "to start from; or learn the start, with a loss of (model, y0).",
+        )
     return ts, ys, observed
 
 

@@ -84,6 +84,8 @@ def trajectories(
     """
     ts, ys = _series("ys", ts, ys)
     channels = ys.shape[1]
+    if observed is not None and not (isinstance(observed, tuple | list) and len(observed) == 2):
+        raise ValueError("`observed` is the pair of times and values: observed=(ts, ys).")
     seen = None if observed is None else _series("observed", *observed)
     if seen is not None and seen[1].shape[1] != channels:
         raise ValueError(f"`observed` has {seen[1].shape[1]} channels but `ys` has {channels}.")
@@ -142,11 +144,21 @@ def phase(
         style: Passed to `Axes.plot` for the trajectories.
 
     Raises:
-        ValueError: for a field or trajectories that are not planar.
+        ValueError: for a field or trajectories that are not planar, and for an empty range.
     """
+    if min(xlim) == max(xlim) or min(ylim) == max(ylim):
+        raise ValueError(
+            f"`xlim` is {xlim} and `ylim` is {ylim}; each is a range, such as (-1, 1)."
+        )
     x, y = (np.linspace(min(lim), max(lim), grid) for lim in (xlim, ylim))
     points = jnp.asarray(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2), dtype=float)
-    rates = jax.vmap(lambda point: vector_field(jnp.asarray(t, dtype=float), point, args))(points)
+    try:
+        rates = jax.vmap(lambda y: vector_field(jnp.asarray(t, dtype=float), y, args))(points)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            "`vector_field` cannot be applied to a state of shape (2,). A phase portrait is of a "
+            f"planar field (of a model: model.vector_field). {error}"
+        ) from error
     if not eqx.is_array(rates) or rates.shape != points.shape:
         raise ValueError(
             "`vector_field` returned one example of "

@@ -159,8 +159,7 @@ def local(
     solution, *drawn = draw(model, ts, y0, args, key)
     t, t_end, y = drawn
     usable = diffrax.is_okay(solution.result) & (solution.stats["num_accepted_steps"] > 0)
-    rtol, atol = tolerances(model.stepsize_controller)
-    solver = WithEstimates(model.solver, rtol, atol)
+    solver = WithEstimates(model.solver, *tolerances(model.stepsize_controller))
     direction = _direction(ts)
     terms, s, s_end = _forward(model, direction), direction * t, direction * t_end
     if not biased:
@@ -175,7 +174,8 @@ def local(
     name = f"{of}_estimate"
     if name not in state.estimates:
         raise ValueError(
-            f"{type(model.solver).__name__} has no {of} estimate; use solver=diffrax.Tsit5()."
+            f"{type(model.solver).__name__} has no {of} estimate; `of` is 'error', or 'stiffness' with "
+            "solver=diffrax.Tsit5()."
         )
     return solution, state.estimates[name]
 

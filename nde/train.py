@@ -26,12 +26,11 @@ import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from nde._batching import ArrayBatches, Batch, IteratorBatches, as_integer, make_batches
-from nde._history import MOST_FAILED, History, Reports
-from nde._protocol import check_key
-from nde._training_step import initial_state, leaf_paths, make_step, reasons, strongly_typed
+from nde._history import History, NonFiniteError, Reports
+from nde._protocol import check_callable, check_key
+from nde._training_step import initial_state, leaf_paths, make_step, strongly_typed
+from nde._verdict import check_report, plain
 from nde.hybrid import Frozen
-from nde.solvers import SolveError
-from nde.solvers.program import from_code
 
 __all__ = ["Batch", "History", "NonFiniteError", "fit", "multi_start"]
 
@@ -43,20 +42,6 @@ FIXED = (
     Frozen,
 )
 FIRST_STEP = (jtu.GetAttrKey("dt0"),)  # the field of a model: a number, so no type tells it
-
-
-class NonFiniteError(FloatingPointError):
-    """Data or training that is not finite.
-
-    Args:
-        message: What was found, where, and what to do.
-        model: The last good model; `None` if training had not begun.
-        history: The `History` up to the error; `None` if training had not begun.
-    """
-
-    def __init__(self, message: str, model: Any = None, history: History | None = None):
-        super().__init__(message)
-        self.model, self.history = model, history
 
 
 def fit(
@@ -184,6 +169,7 @@ class _Job(NamedTuple):
 def _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key) -> _Job:
     """Check what can be checked before a model is looked at."""
     check_key(key)
+    check_callable("loss", loss, "(model, batch, key)")
     steps, max_skips = _count("steps", steps, 0), _count("max_skips", max_skips, 1)
     if isinstance(optim, optax.MultiSteps):
         optim = optim.gradient_transformation()
@@ -191,8 +177,6 @@ def _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key) ->
         raise ValueError(f"`optim` is {optim!r}, not an optimizer; write optax.adam(1e-3).")
     order_key, loss_key = jax.random.split(key)
     batches = make_batches(data, batch_size, order_key)
-    if isinstance(batches, ArrayBatches):
-        _check_finite(data)
     return _Job(
         loss, batches, optax.with_extra_args_support(optim), steps, max_skips, progress, loss_key
     )
@@ -216,8 +200,11 @@ def _split(model: PyTree, frozen: Callable | None) -> tuple[PyTree, PyTree, PyTr
             return jax.tree.map(lambda leaf: False, node)
         return eqx.is_array(node) and bool(jnp.issubdtype(node.dtype, jnp.floating))
 
+    if isinstance(model, type):
+        raise ValueError(f"`model` is the class {model.__name__}; make one: {model.__name__}(...).")
     mask = jtu.tree_map_with_path(trains, model, is_leaf=is_fixed)
     if frozen is not None:
+        check_callable("frozen", frozen, "(model)")
         try:
             mask = eqx.tree_at(
                 frozen, mask, replace_fn=lambda node: jax.tree.map(lambda _: False, node)
@@ -291,7 +278,7 @@ def _train(
     compiled = jax.jit(step).lower(*first).compile()
     compile_seconds = time.perf_counter() - began
 
-    reports = Reports(job.steps, job.progress)
+    reports, good = Reports(job.steps, job.progress), state
     every = max(10, job.steps // 100)
     try:
         for index in range(job.steps):
@@ -299,94 +286,20 @@ def _train(
             reports.add(record)
             if index == 0 or (index + 1) % every == 0 or index + 1 == job.steps:
                 for report in reports.fetch():
-                    _check_report(job, *report, params)
+                    check_report(
+                        *report, params, job.batches.examples, min(job.max_skips, job.steps)
+                    )
+                good = state
     except (Exception, KeyboardInterrupt) as error:
+        meant = plain(error)
         with contextlib.suppress(Exception):  # where a step itself broke, there is nothing to fetch
             reports.fetch()
-            model = eqx.combine(state.params, fixed, static)
-            vars(error).update(model=model, history=History(reports.columns(), compile_seconds))
-        raise
+            good = state
+        model = eqx.combine(good.params, fixed, static)
+        vars(meant).update(model=model, history=History(reports.columns(), compile_seconds))
+        if meant is error:
+            raise
+        raise meant from None
     finally:
         reports.close()
     return state.params, reports.columns(), compile_seconds
-
-
-def _check_report(job: _Job, step: int, record: dict[str, np.ndarray], params: PyTree) -> None:
-    """Raise if the record of a step says that no start can go on."""
-    _check_failed(job, step, record)
-    if step == 0 and np.all((record["gradient_norm"] == 0) & ~record["skipped"]):
-        raise ValueError(
-            "`loss` has a gradient of zero at step 0: it does not depend on what is trained, "
-            f"{leaf_paths(params)}."
-        )
-    if np.all(record["skips"] >= job.max_skips):
-        what = reasons(params)[int(np.min(record["reason"]))]
-        examples = job.batches.examples(step)
-        where = (
-            f" (examples {examples[:8]}{' and more' if len(examples) > 8 else ''})"
-            if examples
-            else ""
-        )
-        failed = np.max(record.get("failed", 0.0))
-        if failed > 0:
-            where += (
-                f", where {failed:.0%} of the solves failed (an adjoint of diffrax lets them reach the "
-                "gradient, `nde.solvers.DiscreteAdjoint()` does not)"
-            )
-        raise NonFiniteError(
-            f"{what} is not finite at step {step}{where}, for {job.max_skips} steps in a row. The "
-            "last good model is in `error.model`. Lower the learning rate, clip the gradient "
-            "(optax.clip_by_global_norm), or train on a shorter horizon first."
-        )
-
-
-def _check_failed(job: _Job, step: int, record: dict[str, np.ndarray]) -> None:
-    """Raise if more than a tenth of the solves failed, in the best of several starts."""
-    failed = np.atleast_1d(record.get("failed", 0.0))
-    if np.isnan(failed).any():
-        raise ValueError(
-            f"`loss` returned the metric `failed` = nan at step {step}; it is the share of the solves "
-            "that failed, a mean over at least one."
-        )
-    best = int(np.argmin(failed))
-    if failed[best] <= MOST_FAILED:
-        return
-    lane, found = None, ""
-    if "result" in record:
-        codes = np.reshape(record["result"], (failed.size, -1))[best]
-        lane, examples = int(np.argmax(codes != 0)), job.batches.examples(step)
-        which = f"example {examples[lane]}" if examples else f"number {lane} of the batch"
-        kinds, counts = np.unique(codes[codes != 0], return_counts=True)
-        causes = (f"{n} x {_text(kind)}" for kind, n in zip(kinds, counts, strict=True))
-        found = f" The first is {which}. {'; '.join(causes)}"
-    advice = (
-        "Raise `max_steps`, loosen the tolerances, train on a shorter horizon first, or call "
-        "model.solve on the example to see why."
-    )
-    raise SolveError(
-        f"{failed[best]:.0%} of the solves failed at step {step}, more than {MOST_FAILED:.0%}."
-        f"{found} The model so far is in `error.model`. {advice}",
-        lane=lane,
-        advice=advice,
-    )
-
-
-def _text(kind: int) -> str:
-    """The first sentence of what diffrax says of a result."""
-    return str(diffrax.RESULTS[from_code(jnp.asarray(kind))]).strip().split(".")[0] + "."
-
-
-def _check_finite(data: PyTree) -> None:
-    """Raise if an array of the data holds nan or inf, with its path and the examples that do."""
-    for path, leaf in jtu.tree_leaves_with_path(data):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            continue
-        bad = ~np.isfinite(np.asarray(leaf)).reshape(leaf.shape[0], -1).all(axis=1)
-        if bad.any():
-            examples = np.flatnonzero(bad)
-            raise NonFiniteError(
-                f"`data{jtu.keystr(path)}` is not finite in {examples.size} of {bad.size} "
-                f"examples: {examples[:8].tolist()}{' and more' if examples.size > 8 else ''}. "
-                "Leave them out, or fill them in and pass a mask as another array of the data, for "
-                "the loss to leave them out: (ts, ys, mask) with nde.losses.trajectory."
-            )

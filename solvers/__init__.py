@@ -9,7 +9,7 @@ if __name__ != "nde.solvers":
         "not be recognised by the first. Install the project with `pip install -e .`."
     )
 
-from nde.solvers.brownian import BrownianGrid, BrownianInterval
+from nde.solvers.brownian import BrownianGrid, BrownianInterval, SpaceSpaceLevyArea
 from nde.solvers.diagnosis import Diagnosis, SolveError, diagnose
 from nde.solvers.discrete_adjoint import DiscreteAdjoint
 from nde.solvers.ees import EES25, EES27
@@ -39,6 +39,7 @@ __all__ = [
     "ReversibleAdjoint",
     "ReversibleHeun",
     "SolveError",
+    "SpaceSpaceLevyArea",
     "StormerVerlet",
     "WithEstimates",
     "Yoshida4",

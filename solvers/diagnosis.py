@@ -18,9 +18,10 @@ from jaxtyping import Array, PyTree
 from nde.solvers import spectrum
 from nde.solvers.causes import Found, judge
 from nde.solvers.noise import covered
-from nde.solvers.repeat import Problem, tolerances
+from nde.solvers.repeat import End, Problem, tolerances
 
 _REPLACED = ("saveat", "adjoint", "throw", "progress_meter")
+_TIGHTER = 100
 _LONGEST = 2**16  # steps of a repeated solve that had no bound
 
 
@@ -93,8 +94,9 @@ def diagnose(
 ) -> Diagnosis:
     """Why a solve fails: give it the arguments that `diffrax.diffeqsolve` was given.
 
-    The solve is repeated with `DiscreteAdjoint`, a second time where the precision is in doubt, and the
-    field is looked at where it stopped. It tells what is likely, by the rules of `nde.solvers.causes`.
+    The solve is repeated with `DiscreteAdjoint`, a second time where the precision is in doubt or the
+    solution seems to escape, and the field is looked at where it stopped. It tells what is likely, by
+    the rules of `nde.solvers.causes`.
 
     Args:
         terms: As in the solve; so are all that follow. One example, not a batch.
@@ -143,10 +145,27 @@ def diagnose(
     if problem.endless:  # look as far ahead as it came
         seen = dataclasses.replace(problem, t1=2 * end.t - problem.t0)
     found = judge(seen, end)
+    if found.cause == "blow_up" and seen.adapts:
+        found = _reconsidered(seen, end, found)
     if problem.endless and found.cause == "too_few_steps":
         advice = "Use more `max_steps`, if it ever happens."
         found = found._replace(reason="the event has not happened", advice=advice)
     return _diagnosis(found, t, steps, where)
+
+
+def _reconsidered(problem: Problem, end: End, found: Found) -> Found:
+    """Where a loose solve has left the solution, the field may lead away that the solution never meets."""
+    tight = problem.tightened(_TIGHTER)
+    further = tight.run()
+    loose = f"the tolerances are too loose: with {_TIGHTER} times smaller ones"
+    advice = f"Divide `rtol` and `atol` by {_TIGHTER}."
+    if diffrax.is_okay(further.result):
+        return Found("tolerance", None, f"{loose} it does not", advice)
+    if abs(further.t - problem.t0) <= 1.05 * abs(end.t - problem.t0):
+        return found
+    truly = judge(tight, further)
+    reason = f"{loose} it stops at t={float(further.t):.6g}, {truly.reason}"
+    return truly._replace(reason=reason, advice=f"{advice} {truly.advice}")
 
 
 def _diagnosis(found: Found, t: float, steps: int, where: str) -> Diagnosis:

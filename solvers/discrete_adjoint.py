@@ -59,8 +59,8 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
     estimates: Estimates | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
-        if self.checkpoints < 1:
-            raise ValueError(f"`checkpoints` is {self.checkpoints}; it must be >= 1.")
+        if not isinstance(self.checkpoints, int) or self.checkpoints < 1:
+            raise ValueError(f"`checkpoints` is {self.checkpoints!r}; it must be an integer >= 1.")
 
     def loop(self, **options):
         loop.check(options)

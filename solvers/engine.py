@@ -209,6 +209,8 @@ def begin(
         times = (init_state.tprev, init_state.tnext)
         state = stepper.settled(init_state.tprev, init_state.y, state)
         healthy = all_finite((init_state.y, state))
+        if not saveat.solver_state:  # without a step nothing else depends on it
+            healthy &= init_state.tprev < t1
         state = differentiated(stepper.init, state, healthy, *times, init_state.y)
     return Start(
         y=init_state.y,

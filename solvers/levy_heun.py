@@ -55,7 +55,7 @@ class LevyHeun(diffrax.AbstractStratonovichSolver):
         if not isinstance(increment, SpaceSpaceLevyArea):
             raise ValueError(
                 f"LevyHeun was given increments of type {type(increment).__name__}; it needs a Brownian "
-                "path with space-space area: BrownianGrid(..., levy_area=SpaceSpaceLevyArea)."
+                "path with space-space area: BrownianGrid(..., levy_area=nde.solvers.SpaceSpaceLevyArea)."
             )
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):

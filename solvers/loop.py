@@ -11,6 +11,7 @@ import diffrax
 from jaxtyping import Array
 
 from nde.solvers import checks
+from nde.solvers.cost import Wanted
 from nde.solvers.engine import AbstractSolve, begin, finish
 from nde.solvers.forward import Moving
 from nde.solvers.heuristics import Estimates, judge_for, reduced
@@ -61,7 +62,9 @@ def run(
         judge = judge_for(options["solver"], controller, estimates.scaled)
     traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps, judge)
     out = make(traced, start).solve(start)
-    cost = traced.stepper.evaluations(start.tprev, start.tnext, start.y, start.state)
+    dense = any(save.at_time is not None for save in traced.saves)
+    wanted = Wanted(error=not traced.uniform or judge is not None, dense=dense)
+    cost = traced.stepper.evaluations(start.tprev, start.tnext, start.y, start.state, wanted)
     nfe = cost.start + cost.attempt * (out.accepted + out.rejected) + cost.jump * out.restarts
     final = finish(stepper, saveat, args, t0, t1, init_state, traced, out)
     stats = {"nfe": nfe}

@@ -72,9 +72,10 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     estimates: Estimates | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+        every = self.checkpoint_every
+        if every is not None and (not isinstance(every, int) or every < 1):
             raise ValueError(
-                f"`checkpoint_every` is {self.checkpoint_every}; it must be >= 1, or None to store "
+                f"`checkpoint_every` is {every!r}; it must be an integer >= 1, or None to store "
                 "nothing."
             )
 

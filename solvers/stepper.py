@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers import explicit_rk, heuristics
+from nde.solvers.cost import Evaluations, Wanted, counted, of_solver
 from nde.solvers.coupling import Step
-from nde.solvers.estimating import WithEstimates
 from nde.solvers.reversible import AbstractReversibleSolver, State
 
 
@@ -47,18 +47,6 @@ class Advance(NamedTuple):
     ks: list[PyTree[Array]] | None = None
     dense_info: PyTree[Array] = None
     cache: PyTree[Array] = None
-
-
-class Evaluations(NamedTuple):
-    """How often the vector field is evaluated: once per solve, in every attempt, and behind a jump.
-
-    A drift and its diffusion count as one. An implicit stage counts once; what its nonlinear solver
-    evaluates besides is not counted, nor is the first stage in steps that might follow a jump.
-    """
-
-    start: int
-    attempt: int
-    jump: int = 0
 
 
 class AbstractStepper(eqx.Module):
@@ -105,7 +93,7 @@ class AbstractStepper(eqx.Module):
         """The state in diffrax's form, for `SaveAt(solver_state=True)`."""
         raise NotImplementedError
 
-    def evaluations(self, t0, t1, y0, state) -> Evaluations:
+    def evaluations(self, t0, t1, y0, state, wanted: Wanted) -> Evaluations:
         """What a solve costs."""
         raise NotImplementedError
 
@@ -160,7 +148,8 @@ class UnrolledStepper(AbstractStepper):
             return jnp.array(False), self.terms.vf(t, y, self.args)
         return None
 
-    def evaluations(self, t0, t1, y0, state):
+    def evaluations(self, t0, t1, y0, state, wanted):
+        del wanted  # `bare` knows
         stages = self.tableau.num_stages
         if not self.whole:
             return Evaluations(0, explicit_rk.needed_stages(self.tableau))
@@ -202,9 +191,20 @@ class ReversibleStepper(AbstractStepper):
     def final_state(self, t, y, state):
         return self.solver.refresh(self.terms, t, y, State(state, None), self.args)
 
-    def evaluations(self, t0, t1, y0, state):
-        ends = int(self.solver.shared_ends)
-        return Evaluations(ends, self.solver.evaluations_per_step, ends)
+    def evaluations(self, t0, t1, y0, state, wanted):
+        solver, ends = self.solver, int(self.solver.shared_ends)
+        start = counted(lambda terms: solver.start(terms, t0, y0, self.args), self.terms)
+        attempt = of_solver(
+            solver,
+            self.terms,
+            self.args,
+            t0,
+            t1,
+            y0,
+            State(state, self.cache(t0, y0, state)),
+            wanted,
+        ).attempt
+        return Evaluations(start + ends, attempt, ends)
 
 
 class SolverStepper(AbstractStepper):
@@ -258,8 +258,8 @@ class SolverStepper(AbstractStepper):
     def final_state(self, t, y, state):
         return state
 
-    def evaluations(self, t0, t1, y0, state):
-        return _evaluations(self.solver, self.terms, self.args, t0, t1, y0, state)
+    def evaluations(self, t0, t1, y0, state, wanted):
+        return of_solver(self.solver, self.terms, self.args, t0, t1, y0, state, wanted)
 
 
 def stepper_for(
@@ -271,80 +271,6 @@ def stepper_for(
         return SolverStepper(solver, terms, args)
     carries = tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
     return UnrolledStepper(solver, terms, args, tableau, carries)
-
-
-# Solvers that evaluate anew behind a jump, or something else than the vector field of a term.
-_KNOWN = {
-    diffrax.ReversibleHeun: Evaluations(1, 1, 1),
-    diffrax.ALIGN: Evaluations(1, 1),
-    diffrax.ShOULD: Evaluations(1, 2),
-    diffrax.QUICSORT: Evaluations(0, 2),
-}
-
-
-def _evaluations(solver, terms, args, t0, t1, y0, state) -> Evaluations:
-    kind = type(solver)  # a wrapper is also an instance, as diffrax sees it, of what it wraps
-    if issubclass(kind, diffrax.HalfSolver):
-        start, attempt, jump = _evaluations(solver.solver, terms, args, t0, t1, y0, state)
-        # Two of the three begin at the jump, or at the start, where `init` has not evaluated.
-        start *= 2 if isinstance(solver.solver, diffrax.AbstractRungeKutta) else 1
-        return Evaluations(start, 3 * attempt, 2 * jump)
-    if issubclass(kind, WithEstimates):
-        return _evaluations(solver.solver, terms, args, t0, t1, y0, state.solver_state)
-    # Solvers that loop over their stages say how many there are.
-    if issubclass(kind, diffrax.AbstractRungeKutta):
-        tableau = solver.tableau
-        if isinstance(tableau, diffrax.MultiButcherTableau):
-            tableau = tableau.tableaus[0]
-        stages = tableau.num_stages
-        return Evaluations(1, stages - 1, 1) if tableau.fsal else Evaluations(0, stages)
-    if issubclass(kind, diffrax.AbstractSRK):
-        skipped = solver.tableau.ignore_stage_f
-        stages = len(solver.tableau.b_sol)
-        return Evaluations(0, stages - (0 if skipped is None else int(sum(skipped))))
-    for known, cost in _KNOWN.items():
-        if issubclass(kind, known):
-            return cost
-    once = _calls(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
-    step = _calls(lambda terms: solver.step(terms, t0, t1, y0, args, state, False), terms)
-    return Evaluations(once, step)
-
-
-def _calls(fn, terms: PyTree[diffrax.AbstractTerm]) -> int:
-    """How often `fn(terms)` evaluates the vector field of the first of the terms."""
-    calls = _Calls()
-    is_leaf = lambda x: isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
-    leaves, tree = jax.tree.flatten(terms, is_leaf=is_leaf)
-    leaves[0] = _CountingTerm(leaves[0], calls)
-    counting = jax.tree.unflatten(tree, leaves)
-    eqx.filter_eval_shape(lambda: fn(counting))
-    return calls.count
-
-
-class _Calls:
-    count = 0
-
-
-class _CountingTerm(diffrax.AbstractTerm):
-    term: diffrax.AbstractTerm
-    calls: _Calls = eqx.field(static=True)
-
-    def vf(self, t, y, args):
-        self.calls.count += 1
-        return self.term.vf(t, y, args)
-
-    def vf_prod(self, t, y, args, control):
-        self.calls.count += 1
-        return self.term.vf_prod(t, y, args, control)
-
-    def contr(self, t0, t1, **kwargs):
-        return self.term.contr(t0, t1, **kwargs)
-
-    def prod(self, vf, control):
-        return self.term.prod(vf, control)
-
-    def is_vf_expensive(self, t0, t1, y, args):
-        return self.term.is_vf_expensive(t0, t1, y, args)
 
 
 def _dense(y0, y1, ks):

@@ -103,6 +103,7 @@ CASES = {
     "undefined tolerance": Case("tolerance", rtol=NAN),
     "negative rtol": Case("tolerance", rtol=-1e-3),
     "one zero, one negative": Case("tolerance", rtol=0.0, atol=-1.0),
+    "too loose": Case("tolerance", "robertson", a=(1.0, 0.0), b=0.0, t1=4.0, rtol=1e-3, atol=1e-6),
     # 5: the field is undefined
     "late": Case("vector_field", "undefined late", leaf="y['a'][1]", stop=0.5),
     "late, constant": Case("vector_field", "undefined late", constant=True, leaf="y['a'][1]"),
@@ -139,6 +140,9 @@ CASES = {
     # 8: stiff
     "relaxed": Case("stiff", "relaxed", t1=10.0),
     "robertson": Case("stiff", "robertson", a=(1.0, 0.0), b=0.0, t1=1e6),
+    "robertson, loose": Case(
+        "stiff", "robertson", a=(1.0, 0.0), b=0.0, t1=100.0, rtol=1e-3, atol=1e-6
+    ),
     "van der Pol": Case("stiff", "van der Pol", a=(2.0, 0.0), t1=2.0),
     "separated": Case("stiff", "separated", t1=10.0),
     "waking": Case("stiff", "waking", t1=2.0),

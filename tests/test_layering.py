@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(["_run", "_protocol", "_controlled", "_recurrence", "fields", "paths"], 0),
     **dict.fromkeys(["ode", "hybrid", "cde", "log_cde", "linear_cde"], 1),
     **dict.fromkeys(["losses", "regularizers"], 2),
-    **dict.fromkeys(["_batching", "_history", "_training_step", "train"], 3),
+    **dict.fromkeys(["_batching", "_history", "_training_step", "_verdict", "train"], 3),
     **dict.fromkeys(["plot", "__init__"], 4),
 }
 MODELS = 1

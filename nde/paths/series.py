@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from nde._protocol import check_spacing
+
 __all__ = ["PaddedSeries", "pad_series"]
 
 
@@ -42,8 +44,9 @@ def pad_series(series: Sequence[tuple[ArrayLike, ArrayLike]]) -> PaddedSeries:
             values of shape (times, channels); NaN is a missing value.
 
     Raises:
-        ValueError: for no series, and, with its number, for one that cannot be interpolated or that
-            has another number of channels than the first.
+        ValueError: for no series, and, with its number, for one that cannot be interpolated, that
+            has another number of channels than the first, or whose times (seconds since 1970 in
+            single precision) would be rounded apart or together.
 
     Example:
         >>> ts, ys, mask, lengths = nde.paths.pad_series([(ts_a, ys_a), (ts_b, ys_b)])
@@ -60,6 +63,7 @@ def pad_series(series: Sequence[tuple[ArrayLike, ArrayLike]]) -> PaddedSeries:
         try:
             check_shapes(ts, ys)
             _check_numbers(ts, ys)
+            check_spacing("ts", ts)
         except ValueError as error:
             raise ValueError(f"`series[{number}]`: {error}") from None
         if pairs and ys.shape[1] != pairs[0][1].shape[1]:
@@ -203,7 +207,10 @@ def _check_traced(
     ts = eqx.error_if(ts, ~jnp.isfinite(ts).all(), "`ts` must be finite.")
     wrong = ((jnp.diff(ts) <= 0) & real[1:]).any()
     ts = eqx.error_if(
-        ts, wrong, "`ts` must increase, without repeated times; for padding, pass `length`."
+        ts,
+        wrong,
+        "`ts` must increase, without repeated times; for padding, pass `length`. Times far from zero "
+        "need an offset subtracted, or float64, to stay apart.",
     )
     ts = eqx.error_if(ts, jnp.isinf(ys).any(), "`ys` must be finite; a missing value is NaN.")
     return eqx.error_if(

@@ -74,6 +74,25 @@ def test_combine_puts_the_network_inside_the_equations():
     np.testing.assert_allclose(model(TS, jnp.array([0.3])), exact(0.3, 1.5, 2.0), atol=1e-8)
 
 
+def test_an_input_enters_the_known_equations_alone():
+    def driven(known, network, t, y, p, path):
+        return known(t, y, p) + path.evaluate(t)[1:]
+
+    model = nde.HybridODE(lambda t, y, p: -p * y, None, 0.5, combine=driven, **TIGHT)
+    path = nde.paths.linear(TS, jnp.full((len(TS), 1), 2.0))
+    ys = model(TS, jnp.array([3.0]), path)  # dy/dt = -y/2 + 2
+    np.testing.assert_allclose(ys[:, 0], 4 - np.exp(-np.asarray(TS) / 2), atol=1e-8)
+
+
+def test_what_nothing_takes_is_refused():
+    alone = nde.HybridODE(lambda t, y, p: -p * y, None, 0.5)
+    with pytest.raises(ValueError, match="`args` was given, .* `combine`"):
+        alone(TS, jnp.array([3.0]), jnp.array(2.0))
+    calls = lambda known, network, t, y, p, args: network(t, y, args)
+    with pytest.raises(ValueError, match="`combine` calls the network, but `network` is None"):
+        nde.HybridODE(lambda t, y, p: -p * y, None, 0.5, combine=calls)(TS, jnp.array([3.0]))
+
+
 def test_a_bound_is_a_number_whatever_it_was():
     """An array among the static fields cannot be compared, which jit does."""
     bounded = Bounded(1.5, jnp.asarray(1), np.float32(3.0))

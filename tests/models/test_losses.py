@@ -115,12 +115,20 @@ def test_trajectory_of_padded_series_scores_their_observations_alone(direction, 
 def test_trajectory_leaves_out_what_the_mask_of_the_data_leaves_out(channels):
     ts, ys = SERIES[0]
     mask = RNG.uniform(size=ys.shape if channels else ts.shape) > 0.4
+    mask[0] = True
     where = np.broadcast_to(mask.reshape(11, -1), ys.shape)[1:]
     holes = jnp.asarray(ys).at[1:].set(jnp.where(where, ys[1:], 1e6))
     data = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (ts, holes, mask))
     masked = Batch(data, jnp.ones(1, bool), jnp.asarray(0))
     value, _ = trajectory(decay(), masked, jax.random.key(0))
     np.testing.assert_allclose(value, np.mean(gaps(SERIES[0])[where] ** 2), rtol=1e-6)
+
+
+def test_trajectory_does_not_start_from_what_was_not_observed():
+    ts, ys = (jnp.asarray(leaf)[None] for leaf in SERIES[0])
+    batch = Batch((ts, ys, jnp.ones(ys.shape, bool).at[0, 0, 1].set(False)), jnp.ones(1, bool), 0)
+    with pytest.raises(RuntimeError, match="first row .* where the solve starts"):
+        trajectory(decay(), batch, jax.random.key(0))
 
 
 def blow_up(t, y, p):

@@ -7,9 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.interpolate
 
+import nde
 from nde import paths
 
 RANDOM = np.random.default_rng(0)
@@ -234,6 +236,29 @@ def test_series_of_unequal_length_are_padded_with_their_last_row():
     second = jax.tree.map(lambda leaf: leaf[1], together)
     at = jnp.linspace(TIMES[0], TIMES[4], 31)
     np.testing.assert_allclose(values(second, at), values(alone, at), atol=1e-13)
+
+
+def test_times_that_single_precision_would_move_are_refused():
+    seconds = 1.7e9 + 3600.0 * np.arange(5)
+    series = [(seconds, np.ones((5, 1)))]
+    assert nde.paths.pad_series(series).ts.dtype == np.float64
+    with jax.enable_x64(False):
+        with pytest.raises(
+            ValueError, match=r"`series\[0\]`: `ts` has times 3600.0 apart .* offset"
+        ):
+            nde.paths.pad_series(series)
+        data = (np.stack([seconds, seconds]), np.ones((2, 5)))
+        with pytest.raises(ValueError, match=r"`data\[0\]` has times 3600.0 apart"):
+            nde.fit(
+                jnp.ones(3),
+                nde.losses.trajectory,
+                data,
+                optim=optax.adam(1e-3),
+                steps=1,
+                key=jax.random.key(0),
+            )
+        near = nde.paths.pad_series([(seconds - seconds[0], np.ones((5, 1)))])
+    np.testing.assert_array_equal(near.ts[0], 3600 * np.arange(5))
 
 
 def test_single_precision_stays_single_unless_the_values_are_double():

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+import nde
 from nde import plot
 from nde.train import History
 
@@ -58,6 +59,8 @@ def test_trajectories_refuse_what_is_not_one_trajectory(ax):
         plot.trajectories(ts, np.zeros((4, 2)), (ts, ts), ax)
     with pytest.raises(ValueError, match="`labels` has 1 names but `ys` has 2"):
         plot.trajectories(ts, np.zeros((4, 2)), ax=ax, labels=["hare"])
+    with pytest.raises(ValueError, match=r"observed=\(ts, ys\)"):
+        plot.trajectories(ts, np.zeros((4, 2)), np.zeros((4, 2)), ax)
     assert not ax.lines
 
 
@@ -107,6 +110,10 @@ def test_phase_refuses_what_is_not_planar(ax):
     for shape in [(10, 3), (10,)]:
         with pytest.raises(ValueError, match=r"`ys` has shape .* ys\[..., :2\]"):
             draw(lambda t, y, args: y, np.zeros(shape))
+    with pytest.raises(ValueError, match="cannot be applied to a state .* model.vector_field"):
+        draw(nde.NeuralODE(lambda t, y, args: y))
+    with pytest.raises(ValueError, match=r"`xlim` is \(1, 1\)"):
+        plot.phase(lambda t, y, args: y, (1, 1), (-1, 1), ax=ax)
     assert not ax.lines
     draw(lambda t, y, args: y)
     assert ax.get_ylim() == (1.0, -1.0)

@@ -197,8 +197,23 @@ def test_a_step_that_breaks_is_reported_as_it_is():
     def loss(model, batch, key):
         return eqx.error_if(squares(model, batch, key), batch.step == 5, "broken")
 
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RuntimeError, match=r"^broken \(While computing `loss`.\)$") as caught:
         fit(START, loss, steps=500)
+    expected, _ = fit(START, steps=1)  # as far as it was known to be well
+    np.testing.assert_allclose(caught.value.model["w"], expected["w"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [4, 500])
+def test_a_run_without_a_single_step_is_not_a_trained_model(steps):
+    with pytest.raises(NonFiniteError, match="No step was ever taken: look at the loss") as caught:
+        fit(START, lambda *args: squares(*args) * jnp.nan, steps=steps)
+    np.testing.assert_array_equal(caught.value.model["w"], START["w"])
+
+
+def test_a_model_that_fits_already_may_train():
+    exact = {"w": jnp.asarray([1.0, -2.0, 0.5]), "scale": jnp.ones(())}
+    model, history = fit(exact, data=(DATA[0], DATA[0] @ exact["w"]))
+    assert history.final_loss < 1e-20
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])

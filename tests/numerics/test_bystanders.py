@@ -299,3 +299,22 @@ def test_a_lane_without_a_step_keeps_its_cotangent(solver, every):
     undone = 1e-12 if every else 1e-8  # EES25 takes back what a step did but for its fifth power
     for got, want in zip(found, gradients(DIFFRAX), strict=True):
         np.testing.assert_allclose(got, want, rtol=undone)
+
+
+@pytest.mark.parametrize("name", ["leapfrog", "leapfrog, stored"])
+def test_a_lane_without_a_step_is_not_pulled_back_through_its_first_state(name):
+    """Where the field has no derivative."""
+    solver, adjoint = PAIRS[name]
+
+    def final(p, y, end):
+        field = dfx.ODETerm(lambda t, y, p: -p * jnp.sqrt(y))
+        return dfx.diffeqsolve(
+            field, solver, 0.0, end, 0.25, y, p, adjoint=adjoint, max_steps=4
+        ).ys[0]
+
+    total = lambda p, ys, ends: jnp.sum(jax.vmap(final, in_axes=(None, 0, 0))(p, ys, ends))
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    both = gradient(0.5, jnp.array([1.0, 0.0]), jnp.array([1.0, 0.0]))
+    alone = gradient(0.5, jnp.array([1.0]), jnp.array([1.0]))
+    np.testing.assert_allclose(both[0], alone[0], rtol=1e-12)
+    np.testing.assert_allclose(both[1], [alone[1][0], 1.0], rtol=1e-12)
