@@ -3,8 +3,7 @@
 Step k of an epoch takes entries k * batch_size, ... of that epoch's permutation of the examples.
 The last batch of an epoch is filled up with copies of valid examples, which its mask leaves out:
 every compiled shape is the same, and a copy is a real and cheap solve where a row of zeros or nan
-would be neither. The permutation depends on the key and the epoch alone, so that a run can resume
-anywhere.
+would be neither. The permutation depends on the key and the epoch alone.
 """
 
 import operator

@@ -16,7 +16,7 @@ stability of the method, `done` and `left` the parts of the span. The first that
     imprecise   tolerance < 10 eps, and with 100 eps it ends or gets 3 times further  precision
     coarse      collapsed, 64 spacings of t are long for the field, |t| > 10 span     precision
     rounded     implicit solver, eps decay |y| > |f| / 10                             precision
-    stiffness   decay h > 0.3 s, decay tau > 50                                       stiff
+    stiffness   decay h > 0.3 s, decay max(|y0|, |y|) / |f| > 50                      stiff
     jump        f changes by half of itself within 8 h, and still within h / 512      unknown
     otherwise   not collapsed                                                         too_few_steps
     held        the controller wants steps below `dtmin`                              tolerance
