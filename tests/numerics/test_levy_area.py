@@ -243,5 +243,5 @@ def test_levy_heun_with_linear_operators_pytrees_and_diffeqsolve():
 def test_a_path_without_space_space_area_is_an_error():
     path = BrownianGrid(0.0, 1.0, 1 / 4, (2,), KEY)
     terms = diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path))
-    with pytest.raises(ValueError, match="levy_area=SpaceSpaceLevyArea"):
+    with pytest.raises(ValueError, match="levy_area=nde.solvers.SpaceSpaceLevyArea"):
         diffrax.diffeqsolve(terms, LevyHeun(), 0.0, 1.0, 1 / 4, jnp.zeros(2))
