@@ -134,7 +134,9 @@ def test_what_it_does_not_support_is_refused(what):
 
 @pytest.mark.parametrize("every", [0, -3])
 def test_a_distance_below_one_is_refused(every):
-    with pytest.raises(ValueError, match=r"`checkpoint_every` is .*; it must be an integer >= 1, or None"):
+    with pytest.raises(
+        ValueError, match=r"`checkpoint_every` is .*; it must be an integer >= 1, or None"
+    ):
         ReversibleAdjoint(every)
 
 
