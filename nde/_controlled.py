@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from nde._protocol import Rates, check_count, check_state, check_times
+from nde._protocol import Rates, check_state, check_times
 from nde._run import run
 from nde.paths import AbstractControl
-from nde.solvers.checks import check_tolerances
+from nde.solvers.checks import check_count, check_tolerances
 
 
 class KnotSteps(diffrax.AbstractStepSizeController):

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from nde._run import run
 from nde.solvers import DiscreteAdjoint
-from nde.solvers.checks import check_tolerances
+from nde.solvers.checks import check_count, check_tolerances
 
 
 class AbstractODE(eqx.Module):
@@ -263,7 +263,7 @@ def check_spacing(name: str, times: np.ndarray) -> None:
     if lost.any():
         at = tuple(np.argwhere(lost)[0])
         raise ValueError(
-            f"`{name}` has times {steps[at]} apart that jax would hold as {rounded[at]} apart: they "
+            f"`{name}` has neighbors {steps[at]} apart that jax would hold as {rounded[at]} apart: they "
             f"are near {times[at]}, and {kept} has 7 digits. Subtract an offset (such as the first "
             'time), or allow 64 bits: jax.config.update("jax_enable_x64", True).'
         )
@@ -352,12 +352,6 @@ def check_callable(name: str, function: Any, arguments: str) -> None:
         ) from error
 
 
-def check_count(name: str, value: Any, hint: str = "") -> None:
-    """`value` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1{hint}.")
-
-
 def check_key(key: Any) -> None:
     """`key` is one new-style random key."""
     hint = "Pass one key: jax.random.key(0)."
@@ -373,14 +367,3 @@ def _traced(x: Any) -> bool:
 
 def _number(x: Any) -> float | None:
     return None if x is None or _traced(x) else float(x)
-
-
-def tolerances(
-    controller: diffrax.AbstractStepSizeController,
-) -> tuple[float | None, float | None]:
-    """(rtol, atol) where the controller has them and they are numbers, else None."""
-    if isinstance(controller, diffrax.ClipStepSizeController):
-        return tolerances(controller.controller)
-    if isinstance(controller, diffrax.PIDController):
-        return _number(controller.rtol), _number(controller.atol)
-    return None, None

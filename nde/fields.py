@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from nde._protocol import check_callable, check_count, check_key
+from nde._protocol import check_callable, check_key
+from nde.solvers.checks import check_count
 
 __all__ = ["Batched", "MLPField", "MatrixField"]
 
@@ -71,9 +72,12 @@ class MLPField(eqx.Module):
         check_key(key)
         check_callable("activation", activation, "(x)")
         check_callable("final_activation", final_activation, "(x)")
-        for name, count in (("size", size), ("width", width if depth else 1)):
-            check_count(name, count)
         out_size = size if out_size is None else out_size
+        counts = {"size": size, "out_size": out_size, "width": width if depth else 1}
+        for name, count in counts.items():
+            check_count(name, count)
+        for name, count in (("depth", depth), ("context", context)):
+            check_count(name, count, least=0)
         mlp = eqx.nn.MLP(
             size + time + context, out_size, width, depth, activation, final_activation, key=key
         )

@@ -25,7 +25,7 @@ angle (smoothed labels). The rotations of an icosahedron (the group A5) need blo
 
 In code:    A_i -> generators of shape (driver channels, block, block, blocks), lanes last
 Cost:       hidden * block per time and driver channel for the B_k, hidden * block for the rest;
-            `exponential` and `orthogonal` add 17 products of blocks per time, hidden * block^2 each.
+            `exponential` and `orthogonal` add 16 products of blocks per time, hidden * block^2 each.
             Outputs at all times cost the mixing at all times, like layers below another.
 Not for:    long series with `first_order` or `exponential` and data that is not small: products
             grow or vanish. Scale the data to order one, or take `orthogonal`.
@@ -42,8 +42,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from nde._protocol import check_callable, check_count, check_key, check_times
+from nde._protocol import check_callable, check_key, check_times
 from nde._recurrence import by_platform, in_chunks, in_order, product
+from nde.solvers.checks import check_count
 
 __all__ = [
     "LinearCDE",

@@ -19,10 +19,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from nde._protocol import AbstractODE
+from nde.solvers.checks import check_count
 
 __all__ = ["NeuralODE"]
 
@@ -57,10 +57,7 @@ class NeuralODE(AbstractODE):
     augment: int = eqx.field(default=0, kw_only=True, static=True)
 
     def __check_init__(self):
-        if not isinstance(self.augment, int | np.integer) or self.augment < 0:
-            raise ValueError(
-                f"`augment` is {self.augment!r}; it is a number of channels, an integer >= 0."
-            )
+        check_count("augment", self.augment, ", the number of channels", least=0)
 
     def lift(self, y0: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
         """y0 with the appended channels."""

@@ -41,8 +41,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from nde._protocol import AbstractODE, Rates, check_key, checked, solve_ode, tolerances
+from nde._protocol import AbstractODE, Rates, check_key, checked, solve_ode
 from nde.solvers import DiscreteAdjoint, Estimates, WithEstimates
+from nde.solvers.checks import check_count
+from nde.solvers.heuristics import tolerances
 
 __all__ = [
     "error_and_stiffness",
@@ -156,8 +158,7 @@ def local(
         raise ValueError("`stepsize_controller` is StepTo, with times of its own; use biased=True.")
     ts, y0 = checked(ts, y0, model.dt0)
     draw = _drawn_step if biased else _drawn_time
-    solution, *drawn = draw(model, ts, y0, args, key)
-    t, t_end, y = drawn
+    solution, t, t_end, y = draw(model, ts, y0, args, key)
     usable = diffrax.is_okay(solution.result) & (solution.stats["num_accepted_steps"] > 0)
     solver = WithEstimates(model.solver, *tolerances(model.stepsize_controller))
     direction = _direction(ts)
@@ -288,8 +289,7 @@ def taylor(
         ValueError: for an order below 1.
     """
     del key
-    if order < 1:
-        raise ValueError(f"`order` is {order}; it must be >= 1, usually 2, 3 or 4.")
+    check_count("order", order, ", usually 2, 3 or 4")
 
     def integrand(t, y, args):
         flow = lambda t, y: (jnp.ones_like(t), Rates(model.vector_field)(t, y, args))

@@ -39,7 +39,7 @@ from jaxtyping import Array, PyTree
 from nde.solvers import spectrum
 from nde.solvers.heuristics import STABILITY_LIMITS
 from nde.solvers.noise import intervals
-from nde.solvers.repeat import End, Problem, tolerances
+from nde.solvers.repeat import End, Problem, known_tolerances
 
 _DOMAIN = (
     "Look there for the root or logarithm of a negative number, a division by zero, an overflow."
@@ -290,7 +290,7 @@ def _unresolved(x: Failure) -> Found | None:
 
 def _imprecise(x: Failure) -> Found | None:
     """Tolerances that the dtype of the state cannot resolve."""
-    known = tolerances(x.problem.controller)
+    known = known_tolerances(x.problem.controller)
     if not known or np.max(known["rtol"]) + np.max(known["atol"]) / _positive(x.size) >= 10 * x.eps:
         return None
     end = x.problem.with_rtol(100 * x.eps).run()

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from nde.solvers.brownian import BrownianGrid
+from nde.solvers.heuristics import tolerances
 from nde.solvers.noise import covered
 from nde.solvers.program import Start, code
 
@@ -44,23 +45,17 @@ def check_options(
             )
 
 
-def check_max_steps(max_steps: int | None) -> None:
-    """At least one step must be allowed."""
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"`max_steps` is {max_steps}; it must be >= 1.")
+def check_count(name: str, value: Any, hint: str = "", least: int = 1) -> None:
+    """`value` is an integer, and large enough."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"`{name}` is {value!r}; it must be an integer >= {least}{hint}.")
 
 
 def check_tolerances(controller: diffrax.AbstractStepSizeController, y0: PyTree[Array]) -> None:
     """Tolerances that are known, against what the dtype of the state can resolve."""
-    is_adaptive = lambda x: isinstance(x, diffrax.AbstractAdaptiveStepSizeController)
-    for inner in jax.tree.leaves(controller, is_leaf=is_adaptive):  # it may be wrapped
-        if is_adaptive(inner):
-            _check_tolerances({"rtol": inner.rtol, "atol": inner.atol}, y0)
-
-
-def _check_tolerances(tolerances: dict[str, Any], y0: PyTree[Array]) -> None:
     is_known = lambda x: x is not None and not isinstance(x, jax.core.Tracer) and np.ndim(x) == 0
-    known = {name: float(x) for name, x in tolerances.items() if is_known(x)}
+    pairs = zip(("rtol", "atol"), tolerances(controller), strict=True)
+    known = {name: float(x) for name, x in pairs if is_known(x)}
     for name, value in known.items():
         if not value >= 0:
             raise ValueError(

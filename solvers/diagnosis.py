@@ -1,6 +1,6 @@
 """Why a solve failed, as a value (`diagnose`) and as an exception (`SolveError`).
 
-One message of diffrax, "the maximum number of solver steps was reached", hides nine causes. Bad input is
+One message of diffrax, "the maximum number of solver steps was reached", hides many causes. Bad input is
 seen here before the first step; `causes` tells the others apart by repeating the solve.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 from nde.solvers import spectrum
 from nde.solvers.causes import Found, judge
 from nde.solvers.noise import covered
-from nde.solvers.repeat import End, Problem, tolerances
+from nde.solvers.repeat import End, Problem, known_tolerances
 
 _REPLACED = ("saveat", "adjoint", "throw", "progress_meter")
 _TIGHTER = 100
@@ -234,7 +234,7 @@ def _stuck(problem: Problem, step: str) -> Found:
 
 
 def _bad_tolerance(problem: Problem) -> Found | None:
-    known = tolerances(problem.controller)
+    known = known_tolerances(problem.controller)
     advice = "Typical values are rtol=1e-3, atol=1e-6."
     for name, value in known.items():
         if not np.all(value >= 0):

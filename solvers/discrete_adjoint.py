@@ -8,10 +8,12 @@ through just these steps, backwards:
 with the cotangents of saved outputs added where they were saved. The step sizes carry no gradient, and
 rejected steps do not take part. The states y_n come from the tape (`tape`) or from a replay (`replay`).
 
-Cost:       one gradient is 2 F + 1 B per step up to `checkpoints` accepted steps, 3 F + 1 B beyond that
-            (F: the vector-field evaluations of a step, B: their transpose; the forward solve is 1 F).
-Memory:     2 `checkpoints` states, or about 4 sqrt(max_steps) if that is more; 2 max_steps times. With
-            outputs inside steps, or estimates, an FSAL method adds its last stage to each state.
+Cost:       one gradient is 2 F + 1 B per step up to `checkpoints` accepted steps; with up to m times as
+            many, m = 2, 4, 8, ..., all but every m-th step are replayed, 1 - 1/m F more per step (F: the
+            vector-field evaluations of a step, B: their transpose; the forward solve is 1 F).
+Memory:     2 `checkpoints` states, or about 4 sqrt(max_steps) if that is more; max_steps times (twice
+            that, and a flag, if the field may jump). With outputs inside steps, or estimates, an FSAL
+            method adds its last stage to each state.
 Reference:  On Neural Differential Equations, Kidger (2022), section 5.1 | arXiv:2202.02435
 """
 
@@ -20,6 +22,7 @@ import equinox as eqx
 
 from nde.solvers import loop, replay
 from nde.solvers import tape as tapes
+from nde.solvers.checks import check_count
 from nde.solvers.donors import cleared
 from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving
@@ -36,13 +39,14 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
     `event`, `SaveAt(dense=True)` or a progress meter is handed to diffrax's own default adjoint. Not
     supported: a vector field with a collective over the lanes (`jax.lax.pmean` and `vmap(axis_name=...)`).
 
-    `t0`, `t1`, `dt0`, `ts` and the step size controller carry no gradient; asking for one is an error.
+    `t0`, `t1`, `dt0`, `ts` and the step size controller carry no gradient; asking for one is an error
+    (an array that the field reads too is differentiated through the field alone).
     A trajectory that failed (`sol.result`) has gradient zero, and does not disturb the others.
     `sol.stats` also holds `nfe`, the number of vector-field evaluations of the trajectory, unless the
     solve is handed over.
 
     Args:
-        checkpoints: How many states to keep; steps beyond that are replayed once in the backward pass.
+        checkpoints: How many states to keep; with more steps, those between them are replayed once.
             Rounded up to a power of two, and to about the square root of `max_steps`.
         estimates: Which error and stiffness estimates to put into `sol.stats`, as differentiable
             numbers; None: none, at no cost.
@@ -59,8 +63,7 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
     estimates: Estimates | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
-        if not isinstance(self.checkpoints, int) or self.checkpoints < 1:
-            raise ValueError(f"`checkpoints` is {self.checkpoints!r}; it must be an integer >= 1.")
+        check_count("checkpoints", self.checkpoints)
 
     def loop(self, **options):
         loop.check(options)

@@ -108,15 +108,20 @@ class Judge(NamedTuple):
         return Judged(_rms(error), stiffness, length)
 
 
+def tolerances(controller: diffrax.AbstractStepSizeController) -> tuple[Any, Any]:
+    """`rtol` and `atol` of a controller, or of the one that it wraps; None where there are none."""
+    is_adaptive = lambda x: isinstance(x, diffrax.AbstractAdaptiveStepSizeController)
+    for inner in jax.tree.leaves(controller, is_leaf=is_adaptive):
+        if is_adaptive(inner):
+            return getattr(inner, "rtol", None), getattr(inner, "atol", None)
+    return None, None
+
+
 def judge_for(
     solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController, scaled: bool
 ) -> Judge:
     """The judge of a solver's steps, with the tolerances of the controller."""
-    is_adaptive = lambda x: isinstance(x, diffrax.AbstractAdaptiveStepSizeController)
-    rtol = atol = None
-    for inner in jax.tree.leaves(controller, is_leaf=is_adaptive):  # it may be wrapped
-        if scaled and is_adaptive(inner):
-            rtol, atol = inner.rtol, inner.atol
+    rtol, atol = tolerances(controller) if scaled else (None, None)
     limit = STABILITY_LIMITS.get(type(solver).__name__)
     apart = None if limit is None else _apart(solver)
     return Judge(rtol, atol, apart, 1.0 if limit is None else limit)

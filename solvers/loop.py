@@ -23,7 +23,8 @@ Options = dict[str, Any]  # the keyword arguments of `loop`
 
 def check(options: Options) -> None:
     """Refuses what no adjoint could solve."""
-    checks.check_max_steps(options["max_steps"])
+    if options["max_steps"] is not None:
+        checks.check_count("max_steps", options["max_steps"])
     checks.check_tolerances(options["stepsize_controller"], options["init_state"].y)
     y0 = options["init_state"].y
     checks.check_vector_field(options["terms"], options["t0"], y0, options["args"])

@@ -292,7 +292,8 @@ def _must_hit(controller: diffrax.AbstractStepSizeController) -> bool:
     """Whether the controller aims at times that its steps must meet."""
     if not isinstance(controller, diffrax.ClipStepSizeController):
         return False
-    return controller.step_ts is not None or controller.jump_ts is not None
+    times = (controller.step_ts, controller.jump_ts)
+    return any(x is not None for x in times) or _must_hit(controller.controller)
 
 
 def all_finite(y: PyTree[Array]) -> Array:

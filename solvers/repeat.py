@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import spectrum
 from nde.solvers.discrete_adjoint import DiscreteAdjoint
+from nde.solvers.heuristics import tolerances
 
 
 class End(NamedTuple):
@@ -58,7 +59,7 @@ class Problem:
 
     @property
     def adapts(self) -> bool:
-        return bool(tolerances(self.controller))
+        return bool(known_tolerances(self.controller))
 
     def with_rtol(self, rtol: float) -> "Problem":
         """The same solve with another relative tolerance."""
@@ -116,12 +117,10 @@ def _map_adaptive(controller: Any, change: Any) -> Any:
     )
 
 
-def tolerances(controller: diffrax.AbstractStepSizeController) -> dict[str, np.ndarray]:
+def known_tolerances(controller: diffrax.AbstractStepSizeController) -> dict[str, np.ndarray]:
     """`rtol` and `atol`; empty for a controller that has none."""
-    for inner in jax.tree.leaves(controller, is_leaf=_is_adaptive):
-        if _is_adaptive(inner):
-            return {"rtol": np.asarray(inner.rtol), "atol": np.asarray(inner.atol)}
-    return {}
+    pairs = zip(("rtol", "atol"), tolerances(controller), strict=True)
+    return {name: np.asarray(x) for name, x in pairs if x is not None}
 
 
 def _with_arrays(inner: Any) -> Any:

@@ -47,7 +47,7 @@ class State(NamedTuple):
 class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
     """A solver whose steps can be undone. See the module for the vocabulary.
 
-    `step`, `unstep` and `init` are what diffrax and an adjoint call. `advance`, `retreat`,
+    `step` and `init` are what diffrax calls, `unstep` undoes a step of it. `advance`, `retreat`,
     `dense_info` and `start` are the same in terms of members, for one trajectory; `rewind` and its
     start and finish act on members and cotangents with any lane axes.
     """

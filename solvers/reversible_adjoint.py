@@ -34,6 +34,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import loop, replay, rewind
 from nde.solvers import tape as tapes
+from nde.solvers.checks import check_count
 from nde.solvers.donors import cleared
 from nde.solvers.engine import AbstractSolve, Gradients
 from nde.solvers.forward import Moving, choose
@@ -57,7 +58,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             replay a stretch that does not come back to it: the gradient is right whether or not the
             reversal holds. None stores nothing: constant memory, and right only where it holds.
         certify: Whether to un-step the solve once more in the forward pass and report `drift` and
-            `split`, one number per trajectory, in `sol.stats`. Both below 1e-3 is a solve to trust.
+            `split`, one number per trajectory, in `sol.stats`. Both below 1e-3 is a solve to trust, if
+            its state is of order one (they are in units of 1 + |x|).
         estimates: As for `DiscreteAdjoint`; their gradient costs one more evaluation per step.
 
     Raises:
@@ -72,12 +74,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     estimates: Estimates | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
-        every = self.checkpoint_every
-        if every is not None and (not isinstance(every, int) or every < 1):
-            raise ValueError(
-                f"`checkpoint_every` is {every!r}; it must be an integer >= 1, or None to store "
-                "nothing."
-            )
+        if self.checkpoint_every is not None:
+            check_count("checkpoint_every", self.checkpoint_every, ", or None to store nothing")
 
     def loop(self, **options):
         solver = options["solver"]
@@ -119,6 +117,7 @@ class _ReversedSolve(AbstractSolve):
         every: int | None,
         certify: bool,
     ):
+        every = None if every is None else min(every, max_steps)
         self._rehearsed, self._every, self.examines = rehearsed, every, certify
         super().__init__(traced, start, max_steps)
 

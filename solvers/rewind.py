@@ -197,7 +197,7 @@ def run(
         length, here = jnp.minimum(every, most - k0), trail.steps > k0
         stored = choose(here, tapes.get(trail.tape.states, k0 // every), end)
         found, rewound = backward.chunk(k0, length, end, ct)
-        missed = here & _missed(found, stored)
+        missed = here & _missed(found, stored, end)
         redo = lambda kept: replay.chunk(pull, k0, length, stored, ct, kept)
         ct, kept = jax.lax.cond(jnp.any(missed), redo, lambda kept: (rewound, kept), kept)
         return stored, ct, kept
@@ -210,26 +210,29 @@ def run(
 def mismatch(found: PyTree[Array], stored: PyTree[Array]) -> Array:
     """The drift of a reconstruction in each lane: the largest rms over the members, relative to
     1 + |x|; infinite where it is not a number."""
-    worst = functools.reduce(jnp.maximum, _drifts(found, stored))
+    drift = lambda a, b: _rms((a - b) / (1 + jnp.abs(b)))
+    worst = functools.reduce(jnp.maximum, jax.tree.leaves(jax.tree.map(drift, found, stored)))
     return jnp.where(jnp.isnan(worst), jnp.inf, worst)
 
 
-def _missed(found: PyTree[Array], stored: PyTree[Array]) -> Array:
-    """Whether a reversal did not hold: one that does is rounding and little more, 256 units of it."""
-    pairs = zip(_drifts(found, stored), jax.tree.leaves(stored), strict=True)
-    held = [drift <= 256 * float(jnp.finfo(x.dtype).eps) for drift, x in pairs]
+def _missed(found: PyTree[Array], stored: PyTree[Array], end: PyTree[Array]) -> Array:
+    """Whether a reversal from `end` did not hold: one that does is rounding and little more, 256 units
+    of it, whatever the size of an entry."""
+
+    def holds(a: Array, b: Array, end: Array) -> Array:
+        size = jnp.abs(b) + jnp.abs(end)
+        error = jnp.where(a == b, 0, (a - b) / jnp.where(size > 0, size, 1))
+        error = jnp.where((size > 0) | (a == b), error, jnp.inf)
+        return _rms(error) <= 256 * float(jnp.finfo(b.dtype).eps)
+
+    held = jax.tree.leaves(jax.tree.map(holds, found, stored, end))
     return ~functools.reduce(jnp.logical_and, held)
 
 
-def _drifts(found: PyTree[Array], stored: PyTree[Array]) -> list[Array]:
-    """The rms of each member in each lane."""
-
-    def rms(a: Array, b: Array) -> Array:
-        error = (a - b) / (1 + jnp.abs(b))
-        entries = max(1, math.prod(b.shape[1:]))
-        return jnp.sqrt(jnp.sum(error**2, axis=tuple(range(1, b.ndim))) / entries)
-
-    return jax.tree.leaves(jax.tree.map(rms, found, stored))
+def _rms(x: Array) -> Array:
+    """Over the entries of each lane."""
+    entries = max(1, math.prod(x.shape[1:]))
+    return jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim))) / entries)
 
 
 class _Backward:
@@ -284,6 +287,8 @@ class _Backward:
         members, cts = solver.members(*end), solver.members(ct.y, ct.state)
         back = solver.start_rewind(members, cts, pull.steps.shape)
         following, memory = self.when(k0 + length - 1, ct.memory)
+        # Nothing is pending there, so there is no jump to look at from its other side.
+        following = following._replace(made_jump=jnp.zeros_like(following.made_jump))
 
         def step(j, going: Going) -> Going:
             k = k0 + length - 1 - j
@@ -305,7 +310,10 @@ class _Backward:
 
         going = Going(back, following, ct.consts, ct.ts_index, memory)
         going = jax.lax.fori_loop(0, length, step, going)
-        answers = self._answers(self.rehearsed.finish, going.following, going.following)
+        # A lane with nothing pending stands at the end of its last step, where the field is good.
+        last = going.following
+        last = last._replace(t0=jnp.where(going.back.pending, last.t0, last.t1))
+        answers = self._answers(self.rehearsed.finish, last, last)
         members, cts, ct_consts = solver.finish_rewind(answers, going.back)
         # A lane without a step of its own has gone with its donor, and has nothing to show for it.
         y, state = choose(pull.steps > 0, solver.split(cts), (ct.y, ct.state))

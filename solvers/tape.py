@@ -1,7 +1,8 @@
 r"""What the forward loop writes down, one row at a time, for the backward loop to read.
 
-Every accepted step leaves its two end times. States are kept in S slots (S a power of two): all of them
-up to S steps, then every second one, every fourth one, and so on. State k, where it is kept, stands in
+Every accepted step leaves its end time; it began where the last one ended, unless the field may jump.
+States are kept in S slots (S a power of two): all of them up to S steps, then every second one, every
+fourth one, and so on. State k, where it is kept, stands in
 
     slot(0) = 0,    slot(k) = 1 + (k - 1) mod (S - 1).
 

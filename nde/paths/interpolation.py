@@ -140,7 +140,7 @@ def natural_cubic(
     xs = _timed(ts, _counted(fill(ts, ys, observed, False), observed, counts), time)
     # Time and counts are known at all times; so is a channel in a gap at an end, where a spline
     # that is held at every time comes to rest.
-    real = jnp.append(ts[:1] - 1, ts[:-1]) < ts
+    real = jnp.append(True, ts[:-1] < ts[1:])
     since, until = jnp.cumsum(observed, axis=0), jnp.cumsum(observed[::-1], axis=0)[::-1]
     knots = (observed | (since == 0) | (until == 0)) & real[:, None]
     known = jnp.broadcast_to(real[:, None], xs.shape)

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from nde._protocol import check_count
 from nde.paths.control import AbstractControl, ControlPath
+from nde.solvers.checks import check_count
 
 __all__ = ["LogSignaturePath", "log_signature", "lyndon_words"]
 

@@ -19,6 +19,8 @@ from nde._protocol import check_spacing
 
 __all__ = ["PaddedSeries", "pad_series"]
 
+_LOST = 100  # spacings of t1 within which a step ends there, as in diffrax
+
 
 class PaddedSeries(NamedTuple):
     """Series of unequal length in arrays of one shape; see `pad_series`.
@@ -184,6 +186,12 @@ def _check_numbers(ts: np.ndarray, ys: np.ndarray) -> None:
             "and merge what was observed at one time; for padding, pass `length`. Times far from zero "
             "(seconds since 1970) need an offset subtracted, or float64, to stay apart."
         )
+    if len(ts) > 2 and ts[-1] - ts[-3] <= _LOST * np.spacing(np.abs(ts[-1])):
+        raise ValueError(
+            f"`ts` ends with {ts[-3]}, {ts[-2]}, {ts[-1]} in {ts.dtype}, too close to each other for "
+            f"a solver: a step that ends within {_LOST} spacings of the end is the last. Subtract an "
+            "offset, or use float64."
+        )
     if np.isinf(ys).any():
         at = tuple(map(int, np.argwhere(np.isinf(ys))[0]))
         raise ValueError(f"`ys` is {ys[at]} at index {at}; a missing value is NaN.")
@@ -211,6 +219,16 @@ def _check_traced(
         wrong,
         "`ts` must increase, without repeated times; for padding, pass `length`. Times far from zero "
         "need an offset subtracted, or float64, to stay apart.",
+    )
+    last = ts[-1]  # padding repeats it
+    before = ts[-3 if length is None else jnp.maximum(length - 3, 0)] if len(ts) > 2 else -jnp.inf
+    lost = last - before <= _LOST * jnp.spacing(jnp.abs(last))
+    lost &= (len(ts) if length is None else length) > 2
+    ts = eqx.error_if(
+        ts,
+        lost,
+        f"`ts` ends with three times within {_LOST} spacings of their precision, where a solver takes "
+        "one step. Subtract an offset, or use float64.",
     )
     ts = eqx.error_if(ts, jnp.isinf(ys).any(), "`ys` must be finite; a missing value is NaN.")
     return eqx.error_if(

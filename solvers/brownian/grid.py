@@ -31,6 +31,7 @@ from nde.solvers.brownian.increment import (
     Shape,
     SpaceSpaceLevyArea,
     as_structs,
+    check_interval,
     check_key,
     check_levy_area,
     concrete,
@@ -90,12 +91,8 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
         allowed = (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea, SpaceSpaceLevyArea)
         check_levy_area(levy_area, allowed, name)
         check_key(key, name)
-        start, stop, spacing = concrete(t0), concrete(t1), concrete(dt)
-        if start is not None and stop is not None and not start < stop:
-            raise ValueError(
-                f"{name} on [`t0`, `t1`] = [{start}, {stop}] is empty; `t0` must be before `t1`. For a "
-                "solve backwards in time give the path the same interval in increasing order."
-            )
+        check_interval(t0, t1, name)
+        spacing = concrete(dt)
         if spacing is not None and not spacing > 0:
             raise ValueError(f"`dt` of {name} is {spacing}; it must be positive.")
         self.t0, self.t1, self.dt = t0, t1, dt

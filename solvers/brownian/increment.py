@@ -138,6 +138,16 @@ def _refuse(primals, tangents):
 _no_gradient.defjvp(_refuse, symbolic_zeros=True)
 
 
+def check_interval(t0: Any, t1: Any, name: str) -> None:
+    """A path stands on an interval, where its ends are known."""
+    start, stop = concrete(t0), concrete(t1)
+    if start is not None and stop is not None and not -math.inf < start < stop < math.inf:
+        raise ValueError(
+            f"{name} on [`t0`, `t1`] = [{start}, {stop}] is empty or endless; `t0` must be before `t1`. "
+            "For a solve backwards in time give the path the same interval in increasing order."
+        )
+
+
 def query_times(t0: Any, t1: Any) -> tuple[Inexact[Array, ""], Inexact[Array, ""]]:
     """Both (scalar) times as arrays of one floating-point type, with gradients refused."""
     with jax.numpy_dtype_promotion("standard"):

@@ -36,6 +36,7 @@ from nde.solvers.brownian.increment import (
     LevyArea,
     Shape,
     as_structs,
+    check_interval,
     check_key,
     check_levy_area,
     concrete,
@@ -66,11 +67,10 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         tol: Longest leaf (time), at most the shortest step; by default 2^-24 of the interval.
 
     Raises:
-        ValueError: for an empty or reversed interval, a `tol` that is not positive or below 2^-30
-            of the
-            interval, a `shape`, `key` or `levy_area` that cannot be used, a query outside the
-            interval or within one leaf (where these are known only at run time: see `evaluate` and
-            `advance`).
+        ValueError: for an empty, reversed or endless interval, a `tol` that is not positive or below
+            2^-30 of the interval (one that is known only at run time is cut off there), a `shape`,
+            `key` or `levy_area` that cannot be used, a query outside the interval or within one leaf
+            (where these are known only at run time: see `evaluate` and `advance`).
 
     Reference:
         Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
@@ -95,18 +95,13 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         name = type(self).__name__
         check_levy_area(levy_area, (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea), name)
         check_key(key, name)
-        start, stop = concrete(t0), concrete(t1)
-        if start is not None and stop is not None and not start < stop:
-            raise ValueError(
-                f"{name} on [`t0`, `t1`] = [{start}, {stop}] is empty; `t0` must be before `t1`. For a "
-                "solve backwards in time give the path the same interval in increasing order."
-            )
+        check_interval(t0, t1, name)
         self.t0, self.t1, self.tol = t0, t1, tol
         self.shape, self.levy_area, self.key = as_structs(shape, name), levy_area, key
         leaf, depth = (None if tol is None else concrete(tol)), self._known_depth()
         if (leaf is not None and not leaf > 0) or (depth is not None and depth > MAX_DEPTH):
             raise ValueError(
-                f"`tol` of {name} is {leaf} on [{start}, {stop}]; it must be positive and at "
+                f"`tol` of {name} is {leaf} on [{t0}, {t1}]; it must be positive and at "
                 "least 2^-30 of the interval. The shortest step of the solve is a good choice."
             )
 
@@ -138,8 +133,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         span = "" if self._known_span() is None else f" [{self.t0}, {self.t1}]"
         outside_text = f"BrownianInterval was queried outside its interval [`t0`, `t1`]{span}."
         short_text = (
-            "BrownianInterval was queried over less than one leaf: the step is below the resolution "
-            f"`tol`={self.tol} of the path. Make `tol` smaller than the shortest step, or set `dtmin`."
+            "BrownianInterval was queried over less than one leaf: the step is below the resolution of "
+            f"the path, {self._resolution()}. Make `tol` smaller than the shortest step, or set `dtmin`."
         )
         which = jnp.where(outside, 0, 1)
         sign = eqx.branched_error_if(sign, outside | short, which, [outside_text, short_text])
@@ -179,7 +174,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
     def covers(self, t: Float[Array, ""]) -> Bool[Array, ""]:
         """Whether `t` lies in the interval, or within a few roundings of it; false for NaN."""
-        t0, t1 = (jnp.asarray(x).astype(t.dtype) for x in (self.t0, self.t1))
+        t0, t1 = self._ends(t.dtype)
         slack = _ULPS_OUTSIDE * jnp.spacing(jnp.maximum(jnp.abs(t0), jnp.abs(t1)))
         return (t >= t0 - slack) & (t <= t1 + slack)
 
@@ -213,6 +208,16 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
     # Times and places
 
+    def _ends(self, dtype) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        t0, t1 = query_times(self.t0, self.t1)
+        return t0.astype(dtype), t1.astype(dtype)
+
+    def _resolution(self) -> str:
+        if self.tol is None:
+            return f"2^-{_DEFAULT_DEPTH} of its interval, the default `tol`"
+        known = concrete(self.tol)
+        return "its `tol`" if known is None else f"its `tol`={known}"
+
     def _known_span(self) -> float | None:
         t0, t1 = concrete(self.t0), concrete(self.t1)
         return None if t0 is None or t1 is None else t1 - t0
@@ -229,14 +234,15 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     def _tree(self) -> Tree:
         depth = self._known_depth()
         if depth is None:
-            t0, t1, tol = (jnp.asarray(x).astype(float) for x in (self.t0, self.t1, self.tol))
+            t0, t1 = self._ends(jnp.result_type(float))
+            tol = jnp.asarray(self.tol, t0.dtype)
             depth = jnp.clip(jnp.ceil(jnp.log2((t1 - t0) / tol)), 0, MAX_DEPTH).astype(jnp.int32)
         parts = 1 if self.levy_area is diffrax.BrownianIncrement else 2
         return Tree(self.key, jnp.asarray(depth, jnp.int32), parts)
 
     def _place(self, t) -> Place:
         """Where t is. A time within rounding of a node is the node: nodes survive floating point."""
-        t0, t1 = (jnp.asarray(x).astype(t.dtype) for x in (self.t0, self.t1))
+        t0, t1 = self._ends(t.dtype)
         depth = self._tree().depth
         leaves = jnp.ldexp(jnp.ones((), t.dtype), depth)
         x = jnp.clip((t - t0) / (t1 - t0), 0, 1)
@@ -248,7 +254,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         return Place(leaf.astype(jnp.int32), fraction.astype(vector_dtype(self.shape)))
 
     def _time(self, leaf, dtype) -> Float[Array, ""]:
-        t0, t1 = (jnp.asarray(x).astype(dtype) for x in (self.t0, self.t1))
+        t0, t1 = self._ends(dtype)
         depth = self._tree().depth
         time = t0 + leaf.astype(dtype) * jnp.ldexp(t1 - t0, -depth)
         return jnp.where(leaf == jnp.int32(1) << depth, t1, time)
@@ -268,7 +274,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         if start != stop and _same_leaf(p, q):
             raise ValueError(
                 f"BrownianInterval was queried on [{start}, {stop}]: the step {abs(stop - start)} is below "
-                f"the resolution `tol`={self.tol} of the path. Make `tol` smaller than the shortest step."
+                f"the resolution of the path, {self._resolution()}. Make `tol` smaller than the shortest "
+                "step."
             )
 
     # Queries
@@ -280,7 +287,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         p, q = self._place(jnp.minimum(a, b)), self._place(jnp.maximum(a, b))
         tree, zero = self._tree(), bridge.opaque_zero(self.key)
         whole, state = tree.increment(p, q, state)
-        t0, t1 = (jnp.asarray(x).astype(a.dtype) for x in (self.t0, self.t1))
+        t0, t1 = self._ends(a.dtype)
         # The tree has length 1: W and H scale with the root of the interval's length.
         scale = jnp.sqrt(t1 - t0).astype(vector_dtype(self.shape))
         parts = (bridge.pinned(scale * x, zero) for x in bridge.area(whole, zero))

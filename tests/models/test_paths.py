@@ -224,6 +224,24 @@ def test_a_stream_keeps_the_precision_of_its_times(interpolation):
         np.testing.assert_array_equal(piece.evaluate(t), whole.evaluate(t))
 
 
+@pytest.mark.parametrize("make", [paths.natural_cubic, paths.hermite_cubic, paths.linear])
+def test_a_path_far_from_zero_keeps_its_first_value(make):
+    """Single precision cannot subtract one from its times."""
+    ts = jnp.asarray(2e7 + 4000.0 * np.arange(6), jnp.float32)
+    ys = jnp.asarray([5.0, 1.0, 2.0, 0.0, 3.0, 1.0], jnp.float32)
+    found = jax.vmap(make(ts, ys[:, None]).evaluate)(ts)[:, -1]
+    np.testing.assert_allclose(found, ys, atol=1e-5)
+
+
+def test_times_that_a_solver_would_merge_are_refused():
+    ts, ys = jnp.asarray(8e6 + np.arange(41), jnp.float32), jnp.ones((41, 1), jnp.float32)
+    with pytest.raises(ValueError, match=r"`ts` ends with 8000038.0, .* one step|too close"):
+        paths.linear(ts, ys)
+    with pytest.raises(RuntimeError, match="ends with three times within 100 spacings"):
+        jax.vmap(paths.linear)(ts[None], ys[None], jnp.array([41]))
+    jax.vmap(paths.linear)(ts[None] - 8e6, ys[None], jnp.array([3]))
+
+
 def test_series_of_unequal_length_are_padded_with_their_last_row():
     batch = paths.pad_series([(TIMES, GAPS), (TIMES[:5], GAPS[:5]), (TIMES[2:4], VALUES[2:4])])
     assert batch.ts.shape == (3, 12) and batch.ys.shape == (3, 12, 3)
@@ -242,7 +260,7 @@ def test_times_that_single_precision_would_move_are_refused():
     seconds, ys, key = 1.7e9 + 3600.0 * np.arange(20), np.ones((20, 1)), jax.random.key(0)
     assert nde.paths.pad_series([(seconds, ys)]).ts.dtype == np.float64
     with jax.enable_x64(False):
-        moved = "has times 3600.0 apart .* as 3712.0 apart.* Subtract an offset"
+        moved = "has neighbors 3600.0 apart .* as 3712.0 apart.* Subtract an offset"
         with pytest.raises(ValueError, match=r"`series\[0\]`: `ts` " + moved):
             nde.paths.pad_series([(seconds, ys)])
         data = (np.stack([seconds, seconds]), np.stack([ys, ys]))
