@@ -22,16 +22,15 @@ Reference:  MALI: a memory efficient and reverse accurate integrator for neural 
             | arXiv:2102.04668
 """
 
-import diffrax
 from jaxtyping import PyTree
 
 from nde.solvers.coupling import Coupling, Step, total
-from nde.solvers.reversible import AbstractCoupledSolver, difference, doubled
+from nde.solvers.reversible import AbstractKickedSolver, half
 
 Y, V = 0, 1
 
 
-class AsynchronousLeapfrog(AbstractCoupledSolver, diffrax.AbstractAdaptiveSolver):
+class AsynchronousLeapfrog(AbstractKickedSolver):
     """Asynchronous leapfrog (MALI): order 2, one evaluation per step.
 
     `y0` is any pytree, `terms` an `ODETerm` (or a term with a smooth control).
@@ -47,8 +46,6 @@ class AsynchronousLeapfrog(AbstractCoupledSolver, diffrax.AbstractAdaptiveSolver
 
     eta: float = 1.0
 
-    term_structure = diffrax.AbstractTerm
-    interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
     shared_ends = False
     twins = False
 
@@ -72,25 +69,14 @@ class AsynchronousLeapfrog(AbstractCoupledSolver, diffrax.AbstractAdaptiveSolver
             return total((2.0 * self.eta, u))
 
         return (
-            Coupling(Y, V, increment=_half),
+            Coupling(Y, V, increment=half),
             Coupling(V, Y, a=1.0 - 2.0 * self.eta, field=_field_at_middle, increment=follow),
-            Coupling(Y, V, increment=_half),
+            Coupling(Y, V, increment=half),
         )
 
     def start(self, terms, t0, y0, args):
         return y0, terms.vf(t0, y0, args)
 
-    def error(self, records):
-        return difference(records[-1].increment, records[0].increment)
-
-    def dense_info(self, step, members0, members1, records):
-        k0, k1 = doubled(records[0].increment), doubled(records[-1].increment)
-        return dict(y0=members0[Y], y1=members1[Y], k0=k0, k1=k1)
-
 
 def _field_at_middle(step: Step, y: PyTree) -> PyTree:
     return step.terms.vf(step.t0 + 0.5 * (step.t1 - step.t0), y, step.args)
-
-
-def _half(step: Step, v: PyTree) -> PyTree:
-    return total((0.5, step.terms.prod(v, step.control)))

@@ -224,6 +224,26 @@ class AbstractCoupledSolver(AbstractReversibleSolver):
         return coupling.finish_rewind(self.couplings(), self.shared_ends, pull, back)
 
 
+class AbstractKickedSolver(AbstractCoupledSolver, diffrax.AbstractAdaptiveSolver):
+    """A reversible solver whose first and last coupling move y by half an increment each: they differ by
+    the error of a step of first order, and make a quadratic between its ends."""
+
+    term_structure = diffrax.AbstractTerm
+    interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
+
+    def error(self, records):
+        return difference(records[-1].increment, records[0].increment)
+
+    def dense_info(self, step, members0, members1, records):
+        k0, k1 = doubled(records[0].increment), doubled(records[-1].increment)
+        return dict(y0=members0[0], y1=members1[0], k0=k0, k1=k1)
+
+
+def half(step: Step, v: PyTree) -> PyTree:
+    """Half the increment that the field value makes over the step."""
+    return coupling.total((0.5, step.terms.prod(v, step.control)))
+
+
 def doubled(x: PyTree) -> PyTree:
     """2 x: the whole increment, from that of half a step."""
     return jax.tree.map(lambda leaf: 2.0 * leaf, x)

@@ -10,7 +10,7 @@ control over the step (h for an ODE),
 The last evaluation of a step is the first of the next. The solution that Euler's method would have
 given is y0 + f(t0, z0) dX, so (f(t1, z1) - f(t0, z0)) dX / 2 estimates the error, to first order.
 
-In code:    y, z -> Y, Z (the two members)    f dX / 2 -> `_half`
+In code:    y, z -> Y, Z (the two members)    f dX / 2 -> `half`
 Cost:       one evaluation of f per step, in either direction.
 Not for:    dissipative fields: stable on the imaginary segment h lambda in [-i, i] alone, unstable
             for every negative real h lambda. Use `EES27` there.
@@ -20,23 +20,19 @@ Reference:  Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105
 import diffrax
 from jaxtyping import PyTree
 
-from nde.solvers.coupling import Coupling, Step, total
-from nde.solvers.reversible import AbstractCoupledSolver, difference, doubled
+from nde.solvers.coupling import Coupling, Step
+from nde.solvers.reversible import AbstractKickedSolver, half
 
 Y, Z = 0, 1
 
 
-class ReversibleHeun(
-    AbstractCoupledSolver, diffrax.AbstractAdaptiveSolver, diffrax.AbstractStratonovichSolver
-):
+class ReversibleHeun(AbstractKickedSolver, diffrax.AbstractStratonovichSolver):
     """Reversible Heun: order 2, strong order 1/2 (1 for additive noise), one evaluation per step.
 
     `y0` is any pytree, `terms` any single term. See the module for the equations and the stability.
     Output between steps is a quadratic that keeps the order.
     """
 
-    term_structure = diffrax.AbstractTerm
-    interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
     shared_ends = True
     twins = True
 
@@ -49,20 +45,13 @@ class ReversibleHeun(
     def couplings(self, full=False):
         del full  # the error estimate and the output need nothing more
         return (
-            Coupling(Y, Z, field=_field_at_start, increment=_half),
+            Coupling(Y, Z, field=_field_at_start, increment=half),
             Coupling(Z, Y, a=-1.0, b=2.0),
-            Coupling(Y, Z, field=_field_at_end, increment=_half),
+            Coupling(Y, Z, field=_field_at_end, increment=half),
         )
 
     def start(self, terms, t0, y0, args):
         return y0, y0
-
-    def error(self, records):
-        return difference(records[-1].increment, records[0].increment)
-
-    def dense_info(self, step, members0, members1, records):
-        k0, k1 = doubled(records[0].increment), doubled(records[-1].increment)
-        return dict(y0=members0[Y], y1=members1[Y], k0=k0, k1=k1)
 
 
 def _field_at_start(step: Step, z: PyTree) -> PyTree:
@@ -71,7 +60,3 @@ def _field_at_start(step: Step, z: PyTree) -> PyTree:
 
 def _field_at_end(step: Step, z: PyTree) -> PyTree:
     return step.terms.vf(step.t1, z, step.args)
-
-
-def _half(step: Step, v: PyTree) -> PyTree:
-    return total((0.5, step.terms.prod(v, step.control)))

@@ -278,7 +278,9 @@ def test_ends_within_4_ulp_are_clamped_and_farther_ones_are_errors():
 
 def test_two_ends_inside_one_leaf_are_an_error():
     path = interval(tol=2.0**-4)
-    with pytest.raises(ValueError, match=r"step 0.0[0-9]+ is below the resolution `tol`=0.0625"):
+    with pytest.raises(
+        ValueError, match=r"step 0.0[0-9]+ is below the resolution of the path, its `tol`=0.0625"
+    ):
         path.evaluate(0.51, 0.53)
     with pytest.raises(RuntimeError, match="`tol`=0.0625"):
         jax.block_until_ready(evaluate(path, jnp.asarray(0.51), jnp.asarray(0.53)))
