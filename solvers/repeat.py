@@ -71,7 +71,9 @@ class Problem:
         least = 10 * max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(self.y0))
 
         def change(inner):
-            smaller = (np.maximum(inner.rtol / factor, least), inner.atol / factor)
+            largest = float(np.max(inner.rtol))  # times a number: Python's keep their weak type
+            share = max(1 / factor, min(1.0, least / largest)) if largest > 0 else 1 / factor
+            smaller = (inner.rtol * share, inner.atol / factor)
             return eqx.tree_at(lambda x: (x.rtol, x.atol), inner, smaller)
 
         return dataclasses.replace(self, controller=_map_adaptive(self.controller, change))
