@@ -211,12 +211,14 @@ def _check_numbers(name: str, leaf: Any) -> None:
             f"`{name}` has dtype {leaf.dtype}; give numbers: categories as integers, times as "
             "floats (days since the first)."
         )
-    if _look_like_times(leaf):
-        check_spacing(name, leaf)
-    if not jnp.issubdtype(leaf.dtype, np.integer):
+    if not jnp.issubdtype(leaf.dtype, np.number):
         return
     kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
-    if kept != leaf.dtype and (leaf.astype(kept) != leaf).any():
+    if kept == leaf.dtype:
+        return
+    if _look_like_times(leaf):
+        check_spacing(name, leaf)
+    if jnp.issubdtype(leaf.dtype, np.integer) and (leaf.astype(kept) != leaf).any():
         raise ValueError(
             f"`{name}` has dtype {leaf.dtype} and runs from {leaf.min()} to {leaf.max()}, which does "
             f"not fit into {kept}; subtract an offset, or allow 64 bits: "

@@ -11,6 +11,7 @@ from nde._batching import some
 from nde._history import MOST_FAILED, NonFiniteError
 from nde._training_step import leaf_paths, reasons
 from nde.solvers import SolveError
+from nde.solvers.checks import said
 from nde.solvers.program import from_code
 
 
@@ -99,7 +100,5 @@ def _text(kind: int) -> str:
 
 def plain(error: BaseException) -> BaseException:
     """The error that a check inside the compiled step meant, from the one that the compiler makes of it."""
-    _, found, rest = str(error).partition("EquinoxRuntimeError: ")
-    if not found or not isinstance(error, RuntimeError | ValueError):
-        return error
-    return RuntimeError(f"{rest.split('-----')[0].strip()} (While computing `loss`.)")
+    sentence = said(error) if isinstance(error, RuntimeError | ValueError) else None
+    return error if sentence is None else RuntimeError(f"{sentence} (While computing `loss`.)")

@@ -76,6 +76,12 @@ def check_tolerances(controller: diffrax.AbstractStepSizeController, y0: PyTree[
         )
 
 
+def said(error: BaseException) -> str | None:
+    """The sentence of a check at run time, in what equinox or the compiler makes of it."""
+    _, found, rest = str(error).rpartition("EquinoxRuntimeError: ")
+    return rest.split("\n\n-----")[0].strip() if found else None
+
+
 def check_estimates(solver: diffrax.AbstractSolver) -> None:
     """Only a solver that adapts its steps has an error estimate."""
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):

@@ -76,22 +76,32 @@ def of_solver(
     for known, cost in _KNOWN.items():
         if issubclass(kind, known):
             return cost
+    once = counted(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
+    return Evaluations(once, of_step(solver, terms, args, t0, t1, y0, state, wanted))
 
-    def step(terms):
+
+def of_step(
+    solver: Any, terms: PyTree[diffrax.AbstractTerm], args: Any, t0, t1, y0, state, wanted: Wanted
+) -> int:
+    """The evaluations of one `step`; of the `state` the shapes are enough."""
+
+    def step(terms, state):
         y1, error, dense, state1, _ = solver.step(terms, t0, t1, y0, args, state, False)
         return y1, state1, error if wanted.error else None, dense if wanted.dense else None
 
-    once = counted(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
-    return Evaluations(once, counted(step, terms))
+    return counted(step, terms, state)
 
 
-def counted(fn: Callable[[Any], PyTree], terms: PyTree[diffrax.AbstractTerm]) -> int:
-    """How often `fn(terms)` needs the vector field of the first of the terms."""
+def counted(
+    fn: Callable[..., PyTree], terms: PyTree[diffrax.AbstractTerm], *examples: PyTree
+) -> int:
+    """How often `fn(terms, *examples)` needs the vector field of the first of the terms."""
     is_leaf = lambda x: isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
     leaves, tree = jax.tree.flatten(terms, is_leaf=is_leaf)
     leaves[0] = _MarkingTerm(leaves[0])
     marking = jax.tree.unflatten(tree, leaves)
-    closed = jax.make_jaxpr(lambda: eqx.filter(fn(marking), eqx.is_array))()
+    arrays = lambda *examples: eqx.filter(fn(marking, *examples), eqx.is_array)
+    closed = jax.make_jaxpr(arrays)(*examples)
     return max(_marks(closed.jaxpr).values(), default=0)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import spectrum
 from nde.solvers.causes import Found, judge
+from nde.solvers.checks import said
 from nde.solvers.noise import covered
 from nde.solvers.repeat import End, Problem, known_tolerances
 
@@ -131,8 +132,7 @@ def diagnose(
     try:
         end = problem.run()
     except eqx.EquinoxRuntimeError as error:
-        said = str(error).split("EquinoxRuntimeError: ")[-1].split("\n\n-----")[0].strip()
-        raise ValueError(f"The solve cannot be repeated: {said}") from error
+        raise ValueError(f"The solve cannot be repeated: {said(error) or error}") from error
     _check_concrete(end)
     t, steps = float(end.t), end.steps
     if diffrax.is_okay(end.result):

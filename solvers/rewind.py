@@ -220,10 +220,8 @@ def _missed(found: PyTree[Array], stored: PyTree[Array], end: PyTree[Array]) -> 
     of it, whatever the size of an entry."""
 
     def holds(a: Array, b: Array, end: Array) -> Array:
-        size = jnp.abs(b) + jnp.abs(end)
-        error = jnp.where(a == b, 0, (a - b) / jnp.where(size > 0, size, 1))
-        error = jnp.where((size > 0) | (a == b), error, jnp.inf)
-        return _rms(error) <= 256 * float(jnp.finfo(b.dtype).eps)
+        size = jnp.maximum(jnp.abs(b) + jnp.abs(end), jnp.finfo(b.dtype).tiny)
+        return _rms((a - b) / size) <= 256 * float(jnp.finfo(b.dtype).eps)
 
     held = jax.tree.leaves(jax.tree.map(holds, found, stored, end))
     return ~functools.reduce(jnp.logical_and, held)

@@ -220,13 +220,11 @@ def _check_traced(
         "`ts` must increase, without repeated times; for padding, pass `length`. Times far from zero "
         "need an offset subtracted, or float64, to stay apart.",
     )
-    last = ts[-1]  # padding repeats it
-    before = ts[-3 if length is None else jnp.maximum(length - 3, 0)] if len(ts) > 2 else -jnp.inf
-    lost = last - before <= _LOST * jnp.spacing(jnp.abs(last))
-    lost &= (len(ts) if length is None else length) > 2
+    length = jnp.asarray(len(ts)) if length is None else length
+    before, last = ts[jnp.maximum(length - 3, 0)], ts[-1]  # padding repeats the last
     ts = eqx.error_if(
         ts,
-        lost,
+        (length > 2) & (last - before <= _LOST * jnp.spacing(jnp.abs(last))),
         f"`ts` ends with three times within {_LOST} spacings of their precision, where a solver takes "
         "one step. Subtract an offset, or use float64.",
     )
