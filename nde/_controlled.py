@@ -12,7 +12,6 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from nde._protocol import Rates, check_state, check_times
 from nde._run import run
 from nde.paths import AbstractControl
-from nde.solvers.checks import check_count, check_tolerances
+from nde.solvers.checks import check_count, check_tolerances, is_traced
 
 
 class KnotSteps(diffrax.AbstractStepSizeController):
@@ -192,7 +191,7 @@ def check_matrix(
 
 def _check_inside(ts: Float[Array, " times"], control: AbstractControl) -> None:
     """The path stands still outside the data: nothing can be predicted there. It runs forwards."""
-    if any(isinstance(x, jax.core.Tracer) for x in (ts, control.ts)):
+    if is_traced(ts, control.ts):
         return
     wanted, known = np.asarray(ts), (float(control.t0), float(control.t1))
     if wanted[-1] < wanted[0]:

@@ -15,7 +15,6 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -23,7 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from nde._run import run
 from nde.solvers import DiscreteAdjoint
-from nde.solvers.checks import check_count, check_tolerances
+from nde.solvers.checks import check_count, check_tolerances, is_traced
 
 
 class AbstractODE(eqx.Module):
@@ -220,7 +219,7 @@ def check_times(ts: Float[Array, " times"], dt0: float | None) -> None:
         )
     if not jnp.issubdtype(ts.dtype, jnp.floating):
         raise ValueError(f"`ts` has dtype {ts.dtype}; times are floating: ts.astype(float).")
-    if _traced(ts):
+    if is_traced(ts):
         return
     times = np.asarray(ts)
     if not np.isfinite(times).all():
@@ -292,7 +291,7 @@ def check_state(y0: PyTree[Float[Array, "..."]]) -> None:
             )
         if leaf.size == 0:
             raise ValueError(f"`{name}` has shape {leaf.shape}; a state has at least one entry.")
-        if not _traced(leaf) and not np.isfinite(np.asarray(leaf)).all():
+        if not is_traced(leaf) and not np.isfinite(np.asarray(leaf)).all():
             at = tuple(map(int, np.argwhere(~np.isfinite(np.asarray(leaf)))[0]))
             raise ValueError(f"`{name}` is {leaf[at]} at index {at}; a state must be finite.")
 
@@ -361,9 +360,5 @@ def check_key(key: Any) -> None:
         raise ValueError(f"`key` is a batch of keys, shape {key.shape}. {hint}")
 
 
-def _traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
-
-
 def _number(x: Any) -> float | None:
-    return None if x is None or _traced(x) else float(x)
+    return None if x is None or is_traced(x) else float(x)

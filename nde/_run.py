@@ -4,10 +4,10 @@ from typing import Any
 
 import diffrax
 import jax
-import jax.core
 from jaxtyping import PyTree
 
 from nde.solvers import SolveError, diagnose
+from nde.solvers.checks import is_traced
 from nde.solvers.program import code
 
 
@@ -19,7 +19,7 @@ def run(
     With `throw`, a failure raises: `SolveError`, with what `nde.solvers.diagnose` finds, where there
     are numbers to look at; inside a transformation, the error of diffrax.
     """
-    looks = throw and not _traced((terms, options))
+    looks = throw and not is_traced(terms, options)
     # Products of reduced precision, a default of recent GPUs, look like a rough field.
     # pyright does not see the attributes that jax adds to its configuration.
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
@@ -29,7 +29,7 @@ def run(
         )
         if not looks:
             return solution
-        if _traced(solution):  # the field closes over what is traced
+        if is_traced(solution):  # the field closes over what is traced
             return solution.result.error_if(solution, ~diffrax.is_okay(solution.result))
         # 0 is success. The comparison with `diffrax.RESULTS.successful` is ten times slower.
         if int(code(solution.result)):
@@ -45,7 +45,3 @@ def _why(model: Any, terms: PyTree, options: dict, solution: diffrax.Solution) -
         return SolveError(message, cause="unknown", advice=advice)
     known = {name: getattr(found, name) for name in ("cause", "t", "leaf", "steps", "advice")}
     return SolveError(found.message, **known)
-
-
-def _traced(tree: PyTree) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))

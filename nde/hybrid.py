@@ -28,13 +28,13 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from nde._protocol import AbstractODE, check_callable
 from nde.fields import Batched
+from nde.solvers.checks import is_traced
 
 __all__ = ["Bounded", "Frozen", "HybridODE", "Positive", "additive"]
 
@@ -239,7 +239,7 @@ def _floating_leaves(tree: PyTree) -> PyTree:
 
 
 def _bound(name: str, bound: float) -> float:
-    number = eqx.is_array_like(bound) and not isinstance(bound, jax.core.Tracer)
+    number = eqx.is_array_like(bound) and not is_traced(bound)
     if number and np.ndim(bound) == 0 and np.isfinite(bound):
         return float(bound)
     raise ValueError(
@@ -250,7 +250,7 @@ def _bound(name: str, bound: float) -> float:
 
 def _check_range(name: str, value: ArrayLike, low: float, high: float) -> None:
     """Also refuses what rounds to a limit: no coordinate gives it back."""
-    if isinstance(value, jax.core.Tracer):
+    if is_traced(value):
         return
     dtype = _precision(value)
     info = jnp.finfo(dtype)

@@ -37,14 +37,13 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from nde._protocol import check_callable, check_key, check_times
 from nde._recurrence import by_platform, in_chunks, in_order, product
-from nde.solvers.checks import check_count
+from nde.solvers.checks import check_count, is_traced
 
 __all__ = [
     "LinearCDE",
@@ -286,7 +285,7 @@ def check_step(step: Callable, block: int) -> None:
             f"`step` makes {jnp.shape(made)} of a generator of shape {nothing.shape}; it must keep "
             "the shape: the matrices are in the first two axes, the lanes behind them."
         )
-    if not isinstance(made, jax.core.Tracer) and np.any(np.asarray(made) != 0):
+    if not is_traced(made) and np.any(np.asarray(made) != 0):
         raise ValueError(
             "`step` does not make 0 of 0. It gives M - 1, not M: subtract the identity, so that "
             "where the series stands still the state does too."
@@ -311,11 +310,11 @@ def check_series(ts: Array, ys: Array, channels: int) -> None:
             "another `channels`."
         )
     # NumPy reads the ends: under `jit` even a slice of a known array is not known.
-    if not isinstance(ts, jax.core.Tracer) and np.asarray(ts)[-1] < np.asarray(ts)[0]:
+    if not is_traced(ts) and np.asarray(ts)[-1] < np.asarray(ts)[0]:
         raise ValueError(
             f"`ts` runs backward, from {ts[0]} to {ts[-1]}; reverse it (and the data with it)."
         )
-    if not isinstance(ys, jax.core.Tracer) and not np.isfinite(np.asarray(ys)).all():
+    if not is_traced(ys) and not np.isfinite(np.asarray(ys)).all():
         row, channel = (int(i) for i in np.argwhere(~np.isfinite(np.asarray(ys)))[0])
         raise ValueError(
             f"`ys` is {ys[row, channel]} at time {row}, channel {channel}; fill gaps first, by the "

@@ -51,9 +51,14 @@ def check_count(name: str, value: Any, hint: str = "", least: int = 1) -> None:
         raise ValueError(f"`{name}` is {value!r}; it must be an integer >= {least}{hint}.")
 
 
+def is_traced(*trees: PyTree) -> bool:
+    """Whether there are no numbers to look at: inside `jax.jit` or another transformation."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+
+
 def check_tolerances(controller: diffrax.AbstractStepSizeController, y0: PyTree[Array]) -> None:
     """Tolerances that are known, against what the dtype of the state can resolve."""
-    is_known = lambda x: x is not None and not isinstance(x, jax.core.Tracer) and np.ndim(x) == 0
+    is_known = lambda x: x is not None and not is_traced(x) and np.ndim(x) == 0
     pairs = zip(("rtol", "atol"), tolerances(controller), strict=True)
     known = {name: float(x) for name, x in pairs if is_known(x)}
     for name, value in known.items():

@@ -10,14 +10,13 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from nde.solvers import spectrum
 from nde.solvers.causes import Found, judge
-from nde.solvers.checks import said
+from nde.solvers.checks import is_traced, said
 from nde.solvers.noise import covered
 from nde.solvers.repeat import End, Problem, known_tolerances
 
@@ -174,7 +173,7 @@ def _diagnosis(found: Found, t: float, steps: int, where: str) -> Diagnosis:
 
 
 def _check_concrete(tree: Any) -> None:
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+    if is_traced(tree):
         raise ValueError(
             "`diagnose` was called inside jax.jit, jax.vmap or jax.grad, where there are no numbers to "
             "look at. Call it outside, with the example that failed: `y0[lane]` instead of `y0`."

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from nde._protocol import check_spacing
+from nde.solvers.checks import is_traced
 
 __all__ = ["PaddedSeries", "pad_series"]
 
@@ -98,7 +98,7 @@ def cleaned(
     ts, ys = jnp.asarray(ts), jnp.asarray(ys)
     if length is not None and not jnp.issubdtype(jnp.result_type(length), jnp.integer):
         raise ValueError(f"`length` is {length!r}; it counts the observations: an integer.")
-    if not any(isinstance(x, jax.core.Tracer) for x in (ts, ys, length)):
+    if not is_traced(ts, ys, length):
         if length is not None and not 2 <= int(length) <= ts.shape[0]:
             raise ValueError(
                 f"`length` is {int(length)} of {ts.shape[0]}; a path needs at least 2 observations, "
@@ -207,7 +207,7 @@ def _check_traced(
     ts: Array, ys: Array, observed: Array, real: Array, length: Array | None
 ) -> Float[Array, " times"]:
     """The same inside a transformation, where a message has no numbers."""
-    if not any(isinstance(x, jax.core.Tracer) for x in (ts, ys, length)):
+    if not is_traced(ts, ys, length):
         return ts
     if length is not None:
         wrong = (length < 2) | (length > ts.shape[0])

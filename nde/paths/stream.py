@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Real
 
 from nde.paths.control import ControlPath
 from nde.paths.interpolation import linear, rectilinear, staircase, straight
+from nde.solvers.checks import is_traced
 
 __all__ = ["Stream"]
 
@@ -110,7 +111,7 @@ class Stream(eqx.Module):
 
 def _finite(x: Array) -> Array:
     """`x`, if nothing in it is infinite."""
-    if isinstance(x, jax.core.Tracer):
+    if is_traced(x):
         return eqx.error_if(x, jnp.isinf(x), "`x` must be finite; a missing value is NaN.")
     if jnp.isinf(x).any():
         raise ValueError(f"`x` is {x}; values must be finite, a missing value is NaN.")
@@ -119,7 +120,7 @@ def _finite(x: Array) -> Array:
 
 def _checked(last: Array, t: Array) -> Array:
     """`t`, if it is after `last`."""
-    if any(isinstance(x, jax.core.Tracer) for x in (last, t)):
+    if is_traced(last, t):
         return eqx.error_if(t, ~(t > last), "`t` must be after the last observation of the stream.")
     if not t > last:
         raise ValueError(
