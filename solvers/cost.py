@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers.estimating import WithEstimates
 from nde.solvers.hoist import needed_eqns
+from nde.solvers.reversible import AbstractReversibleSolver
 
 _MARK = "nde evaluation of leaf "
 
@@ -52,7 +53,7 @@ _KNOWN = {
 def of_solver(
     solver: Any, terms: PyTree[diffrax.AbstractTerm], args: Any, t0, t1, y0, state, wanted: Wanted
 ) -> Evaluations:
-    """The cost of a diffrax solver's own `init` and `step`."""
+    """The cost of a solver's own `init` and `step`; of the `state` the shapes are enough."""
     kind = type(solver)  # a wrapper is also an instance, as diffrax sees it, of what it wraps
     if issubclass(kind, diffrax.HalfSolver):
         inner = wanted._replace(error=False)
@@ -76,20 +77,15 @@ def of_solver(
     for known, cost in _KNOWN.items():
         if issubclass(kind, known):
             return cost
-    once = counted(lambda terms: solver.init(terms, t0, t1, y0, args), terms)
-    return Evaluations(once, of_step(solver, terms, args, t0, t1, y0, state, wanted))
-
-
-def of_step(
-    solver: Any, terms: PyTree[diffrax.AbstractTerm], args: Any, t0, t1, y0, state, wanted: Wanted
-) -> int:
-    """The evaluations of one `step`; of the `state` the shapes are enough."""
 
     def step(terms, state):
         y1, error, dense, state1, _ = solver.step(terms, t0, t1, y0, args, state, False)
         return y1, state1, error if wanted.error else None, dense if wanted.dense else None
 
-    return counted(step, terms, state)
+    once, jump = counted(lambda terms: solver.init(terms, t0, t1, y0, args), terms), 0
+    if issubclass(kind, AbstractReversibleSolver):
+        jump = counted(lambda terms, s: solver.refresh(terms, t0, y0, s, args), terms, state)
+    return Evaluations(once, counted(step, terms, state), jump)
 
 
 def counted(

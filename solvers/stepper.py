@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers import explicit_rk, heuristics
-from nde.solvers.cost import Evaluations, Wanted, counted, of_solver, of_step
+from nde.solvers.cost import Evaluations, Wanted, of_solver
 from nde.solvers.coupling import Step
 from nde.solvers.reversible import AbstractReversibleSolver, State
 
@@ -192,11 +192,8 @@ class ReversibleStepper(AbstractStepper):
         return self.solver.refresh(self.terms, t, y, State(state, None), self.args)
 
     def evaluations(self, t0, t1, y0, state, wanted):
-        solver, terms, args, ends = self.solver, self.terms, self.args, int(self.solver.shared_ends)
-        start = counted(lambda terms: solver.start(terms, t0, y0, args), terms)
         whole = jax.eval_shape(lambda: State(state, self.cache(t0, y0, state)))
-        attempt = of_step(solver, terms, args, t0, t1, y0, whole, wanted)
-        return Evaluations(start + ends, attempt, ends)
+        return of_solver(self.solver, self.terms, self.args, t0, t1, y0, whole, wanted)
 
 
 class SolverStepper(AbstractStepper):

@@ -12,12 +12,14 @@ from nde.solvers import (
     DiscreteAdjoint,
     Reversible,
     ReversibleAdjoint,
+    ReversibleHeun,
     StormerVerlet,
     WithEstimates,
 )
 
 STORED, REVERSED = DiscreteAdjoint(), ReversibleAdjoint()
 CONSTANT, ADAPTIVE = dfx.ConstantStepSize(), dfx.PIDController(rtol=1e-3, atol=1e-5)
+JUMP = dfx.ClipStepSizeController(ADAPTIVE, jump_ts=jnp.array([0.45]))
 END, INSIDE = dfx.SaveAt(t1=True), dfx.SaveAt(ts=jnp.array([0.33, 0.77]))
 TSIT5 = Reversible(dfx.Tsit5())
 SOLVES = {
@@ -32,6 +34,9 @@ SOLVES = {
     "leapfrog": (AsynchronousLeapfrog(), REVERSED, ADAPTIVE, END),
     "Verlet, end": (StormerVerlet(), STORED, CONSTANT, END),
     "Verlet, inside": (StormerVerlet(), STORED, CONSTANT, INSIDE),
+    "Verlet, reversed, end": (StormerVerlet(), REVERSED, CONSTANT, END),
+    "Heun, jump": (ReversibleHeun(), STORED, JUMP, END),
+    "Heun, reversed, jump": (ReversibleHeun(), REVERSED, JUMP, END),
 }
 
 
