@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from nde._protocol import Rates, check_state, check_times
+from nde._protocol import Rates, check_spacing, check_state, check_times
 from nde._run import run
 from nde.paths import AbstractControl
 from nde.solvers.checks import check_count, check_tolerances, is_traced
@@ -86,6 +86,7 @@ def solve_cde(
     check_matrix(matrix, control, z0, args)
     if ts is not None:
         check_times(ts, None)
+        check_spacing("ts", ts)
         ts = ts.astype(dtype)
         _check_inside(ts, control)
     controller, max_steps = stepping(model, control)

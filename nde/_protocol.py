@@ -108,6 +108,7 @@ def solve_ode(
     ts, y0 = checked(ts, y0, model.dt0)
     y0 = model.lift(y0)
     check_tolerances(model.stepsize_controller, y0)
+    check_context("vector_field", model.vector_field, args)
     check_vector_field(model.vector_field, ts[0], y0, args)
     field: Any = model.vector_field
     controller, read = model.stepsize_controller, model.read
@@ -138,6 +139,7 @@ def checked(
 ) -> tuple[Float[Array, " times"], PyTree[Float[Array, "..."]]]:
     """`ts` and `y0` in the higher precision of the two: they meet in every step."""
     check_times(ts, dt0)
+    check_spacing("ts", ts)
     check_state(y0)
     ts, y0 = jax.tree.map(jnp.asarray, (ts, y0))
     dtype = max((x.dtype for x in jax.tree.leaves((ts, y0))), key=lambda d: jnp.finfo(d).bits)
@@ -254,8 +256,11 @@ def _check_first_step(times: np.ndarray, dt0: float | None) -> None:
         )
 
 
-def check_spacing(name: str, times: np.ndarray) -> None:
+def check_spacing(name: str, times: Float[np.ndarray, "... times"] | Array) -> None:
     """The distances between times, along the last axis, survive the precision that jax gives them."""
+    if is_traced(times):
+        return
+    times = np.asarray(times)
     kept, steps = jax.dtypes.canonicalize_dtype(times.dtype), np.diff(times)
     rounded = np.diff(times.astype(kept).astype(times.dtype))
     lost = np.abs(rounded - steps) > 0.01 * np.abs(steps)
@@ -335,10 +340,23 @@ def check_vector_field(
             )
 
 
+def check_context(name: str, field: Any, args: PyTree[Any]) -> None:
+    """A field made without a context is given none, which it would never see."""
+    context = getattr(field, "context", None)
+    if args is not None and isinstance(context, int) and context == 0:
+        raise ValueError(
+            f"`args` was given, but `{name}` takes no context and would never see it. Make it with "
+            "`context`, the number of entries of `args`, or leave `args` out."
+        )
+
+
 def check_callable(name: str, function: Any, arguments: str) -> None:
     """`function` can be called with the positional `arguments`, written like "(t, y, args)"."""
     if not callable(function):
         raise ValueError(f"`{name}` is {function!r}; it must be a function {name}{arguments}.")
+    if isinstance(function, type):
+        kind = function.__name__
+        raise ValueError(f"`{name}` is the class {kind}; make one: {kind}(...).")
     try:
         signature = inspect.signature(function)
     except ValueError:  # some builtins have no signature to look at

@@ -182,7 +182,9 @@ def _leniently(function: Callable, *args: Any) -> Any:
             raise ValueError(
                 f"`optim` cannot be used: {error}. It is called as init(params) and update(grads, "
                 "state, params, value=loss), where `params` is the model with None for all that is "
-                "not trained; line searches, such as optax.lbfgs, need more. Use optax.adam(1e-3)."
+                "not trained; line searches, such as optax.lbfgs, need more. A tree of labels or masks "
+                "goes in as a function, `lambda params: labels`: optax would call a model, which is "
+                "callable. Use optax.adam(1e-3)."
             ) from error
 
 

@@ -47,7 +47,9 @@ def check_report(
         )
     advice = (
         "No step was ever taken: look at the loss of the model that training began with, "
-        "loss(model, batch, key), and at what it takes the logarithm or the root of."
+        "loss(model, batch, key), at what it takes the logarithm or the root of, and whether a mask "
+        "leaves anything to compare (a series whose times are all equal is all padding: examples come "
+        "first, then times)."
         if skips > step
         else "Lower the learning rate, clip the gradient (optax.clip_by_global_norm), or train on a "
         "shorter horizon first."

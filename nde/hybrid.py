@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from nde._protocol import AbstractODE, check_callable
+from nde._protocol import AbstractODE, check_callable, check_context
 from nde.fields import Batched
 from nde.solvers.checks import is_traced
 
@@ -88,6 +88,10 @@ class Bounded(AbstractParameter):
 
     def __init__(self, value: ArrayLike, low: float, high: float):
         self.low, self.high = _bound("low", low), _bound("high", high)
+        if not self.low < self.high:
+            raise ValueError(
+                f"`low` of Bounded is {low} and `high` is {high}; write Bounded(value, low, high)."
+            )
         _check_range("Bounded", value, self.low, self.high)
         value = _floating(value)
         self.logit = jnp.log(value - self.low) - jnp.log(self.high - value)
@@ -99,7 +103,7 @@ class Bounded(AbstractParameter):
 
 class Frozen(AbstractParameter):
     """A parameter that is not trained: `nde.fit` leaves it alone, and its gradient is zero
-    everywhere else.
+    everywhere else. (Weight decay moves what has no gradient: in a loop of your own, mask it.)
 
     Args:
         constant: Physical value, any shape.
@@ -151,7 +155,9 @@ class HybridODE(AbstractODE):
             a network inside the known equations, such as a transmission rate, `lambda known,
             network, t, y, p, args: known(t, y, p | {"rate": jax.nn.softplus(network(t, y,
             args)[0])})`; for an input of each example, `lambda known, network, t, y, p, path:
-            known(t, y, p | {"input": path.evaluate(t)})`, also with `network=None`.
+            known(t, y, p | {"input": path.evaluate(t)})`, also with `network=None`. A step may jump over
+            what such an input does meanwhile, unless steps end at its knots:
+            `stepsize_controller=diffrax.ClipStepSizeController(controller, step_ts=path.ts)`.
         solver: How one step is taken, a `diffrax` solver.
         stepsize_controller: How long a step is, a `diffrax` step-size controller.
         adjoint: How gradients are taken.
@@ -175,6 +181,10 @@ class HybridODE(AbstractODE):
                 "examples. Make the model of one example, and batch all of it: "
                 "nde.NeuralODE(nde.fields.Batched(hybrid.vector_field))."
             )
+        for leaf in jax.tree.leaves(self.parameters):
+            if isinstance(leaf, type):
+                name = leaf.__name__
+                raise ValueError(f"`parameters` holds the class {name}; make one: {name}(value).")
         check_callable("known", self.known, "(t, y, parameters)")
         if self.network is not None:
             check_callable("network", self.network, "(t, y, args)")
@@ -192,6 +202,8 @@ class HybridODE(AbstractODE):
                     'y, p, args: known(t, y, p | {"input": args}).'
                 )
             return self.known(t, y, parameters)
+        if self.combine is additive:
+            check_context("network", self.network, args)
         network = _absent if self.network is None else self.network
         return self.combine(self.known, network, t, y, parameters, args)
 

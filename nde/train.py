@@ -137,6 +137,7 @@ def multi_start(
     """
     starts = _count("starts", starts, 1)
     check_key(key)
+    check_callable("make_model", make_model, "(key)")
     model_key, key = jax.random.split(key)
     job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
     made = [make_model(k) for k in jax.random.split(model_key, starts)]

@@ -75,8 +75,9 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
             )
         if lacking is not None:
             return diffrax.RecursiveCheckpointAdjoint().loop(**options)
-        problem = [options[name] for name in ("solver", "terms", "args", "t0", "t1")]
-        stepper = stepper_for(*problem, y0=options["init_state"].y)
+        solver = loop.without_tolerances(options["solver"], options["stepsize_controller"])
+        problem = [options[name] for name in ("terms", "args", "t0", "t1")]
+        stepper = stepper_for(solver, *problem, y0=options["init_state"].y)
         make = lambda traced, start: _StoredSolve(
             traced, start, options["max_steps"], self.checkpoints
         )

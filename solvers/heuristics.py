@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,8 +95,8 @@ class Judge(NamedTuple):
         """The error of a step from y0 to y1 in units of the tolerances, if there are any."""
         if self.rtol is None:
             return error
-        rtol, atol = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (self.rtol, self.atol))
-        return jax.tree.map(functools.partial(_in_units, rtol, atol), error, y0, y1)
+        in_units = functools.partial(_in_units, jnp.asarray(self.rtol), jnp.asarray(self.atol))
+        return jax.tree.map(in_units, error, y0, y1)
 
     def __call__(
         self, t0: Array, t1: Array, y0: PyTree[Array], error: PyTree, ks: Sequence[PyTree] | None
@@ -121,7 +122,10 @@ def judge_for(
     solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController, scaled: bool
 ) -> Judge:
     """The judge of a solver's steps, with the tolerances of the controller."""
-    rtol, atol = tolerances(controller) if scaled else (None, None)
+    # Stopped here, and not where they are used: there an adjoint would take them for something that
+    # it has a derivative of.
+    still = lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x
+    rtol, atol = map(still, tolerances(controller) if scaled else (None, None))
     limit = STABILITY_LIMITS.get(type(solver).__name__)
     apart = None if limit is None else _apart(solver)
     return Judge(rtol, atol, apart, 1.0 if limit is None else limit)
@@ -223,7 +227,8 @@ def _quotient(
     moved = _rms(jax.tree.map(jnp.subtract, ks[-1], ks[-2]))
     # Both are small differences, of k and of states: below that they are rounding.
     k, y = (jax.lax.stop_gradient(_rms(x)) for x in (ks[-1], y0))
-    least = _ROUNDINGS * max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(ks[-1]))
+    eps = (float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(ks[-1]))
+    least = _ROUNDINGS * max(eps, default=0.0)
     known = (moved > least * k) & (apart > least * jnp.maximum(y, k * float(np.abs(weights).sum())))
     known &= length > 0  # diffrax steps on where a lane has ended
     below = jnp.where(known, length.astype(apart.dtype) * apart, 1)

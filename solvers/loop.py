@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
+import equinox as eqx
+import jax
 from jaxtyping import Array
 
 from nde.solvers import checks
@@ -40,6 +42,18 @@ def lacking(options: Options) -> str | None:
     if type(options["progress_meter"]) is not diffrax.NoProgressMeter:
         return "`progress_meter`"
     return None
+
+
+def without_tolerances(
+    solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController
+) -> diffrax.AbstractSolver:
+    """The solver, without the derivative of what diffrax has given it of the controller.
+
+    An implicit one iterates to the controller's tolerances, whose derivative is to be refused.
+    """
+    theirs = {id(x) for x in jax.tree.leaves(controller)}
+    shared = lambda x: eqx.is_inexact_array(x) and id(x) in theirs
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if shared(x) else x, solver)
 
 
 def run(

@@ -1,6 +1,5 @@
 """Bad input to a model or to `fit`: every row names the argument, its value and what to type."""
 
-import itertools
 import re
 
 import diffrax
@@ -14,7 +13,7 @@ import pytest
 import nde
 from nde.hybrid import Bounded, Frozen, HybridODE, Positive
 from nde.solvers import SolveError
-from nde.train import Batch, NonFiniteError, multi_start
+from nde.train import Batch, NonFiniteError
 
 KEY = jax.random.key(0)
 TS, Y0 = jnp.linspace(0.0, 1.0, 5), jnp.ones(2)
@@ -43,6 +42,17 @@ def add(known, network):
 def single_bounded(value):
     with jax.enable_x64(False):
         return Bounded(value, 0.0, 1.0)
+
+
+def single_times(ts):
+    with jax.enable_x64(False):
+        return solve(ts=ts, y0=np.ones(2, np.float32))
+
+
+def labeled():
+    model = nde.NeuralODE(mlp())
+    labels = jax.tree.map(lambda _: "all", eqx.filter(model, eqx.is_inexact_array))
+    return fit(model, optim=optax.multi_transform({"all": optax.sgd(0.1)}, labels))
 
 
 TIMES, YS, MASK = jnp.tile(TS, (4, 1)), jnp.ones((4, 5, 2)), jnp.ones((4, 5), bool)
@@ -88,6 +98,11 @@ SOLVES = [
     (17, lambda: solve(ts=jnp.ones(0)), ["`ts` has shape (0,)", "at least one time"]),
     (17, lambda: solve(ts=jnp.arange(3)), ["`ts` has dtype int64", "astype(float)"]),
     (17, lambda: solve(ts=[0.0, 1.0]), ["`ts` is a list", "jnp.asarray"]),
+    (
+        None,
+        lambda: single_times(1.7e9 + np.arange(3.0)),
+        ["`ts` has neighbors 1.0 apart", "offset"],
+    ),
     (
         18,
         lambda: solve(y0={"a": Y0, "b": at(Y0, 1, jnp.nan)}),
@@ -137,9 +152,18 @@ SOLVES = [
     (45, lambda: mlp(key=None), ["`key` is None", "jax.random.key(0)"]),
     (45, lambda: mlp(key=jax.random.split(KEY)), ["`key`", "(2,)", "jax.random.key(0)"]),
     (54, lambda: solve(vector_field=mlp(context=3)), ["`args`", "(3,)", "time is not a channel"]),
+    (54, lambda: solve(vector_field=mlp(), args=Y0), ["`args`", "no context", "never see it"]),
+    (54, lambda: HybridODE(decay, mlp(), {})(TS, Y0, Y0), ["`args`", "`network`", "no context"]),
     (54, lambda: mlp(scale=np.ones(3)), ["`scale` has shape (3,)", "(2,)"]),
     (None, lambda: solve(y0={"a": Y0}, augment=1), ["`y0`", "`augment`", "(channels,)"]),
     (None, lambda: HybridODE(None, None, {}), ["`known` is None", "(t, y, parameters)"]),
+    (34, lambda: solve(vector_field=nde.fields.MLPField), ["`vector_field` is the class MLPField"]),
+    (
+        34,
+        lambda: HybridODE(decay, None, {"k": Positive}),
+        ["the class Positive", "Positive(value)"],
+    ),
+    (None, labeled, ["`optim` cannot be used", "lambda params: labels"]),
     (None, lambda: HybridODE(decay, 3.0, {}), ["`network` is 3.0", "(t, y, args)"]),
     (None, lambda: HybridODE(decay, decay, {}, combine=decay), ["`combine`", "(known, network"]),
     (None, lambda: Positive(-1.0), ["`value` of Positive is -1.0", "between 0.0 and inf"]),
@@ -149,6 +173,7 @@ SOLVES = [
     (None, lambda: single_bounded(1 - 1e-9), ["0.999999999", "0.0 and 1.0", "rounding of float32"]),
     (None, lambda: Bounded(np.nextafter(1, 0), 0.0, 1.0), ["`value` of Bounded", "rounding"]),
     (None, lambda: Bounded(2.0, 1.0, np.inf), ["`high` of Bounded is inf", "finite", "Positive"]),
+    (None, lambda: Bounded(0.5, 1.0, 0.0), ["`low` of Bounded is 1.0 and `high` is 0.0"]),
     (None, lambda: Bounded(0.5, np.zeros(2), 1.0), ["`low` of Bounded is [0. 0.]", "each entry"]),
     (None, lambda: Bounded(0.5, None, 1.0), ["`low` of Bounded is None", "one finite number"]),
     (
@@ -305,46 +330,6 @@ FITS = [
 def test_fit_says_what_is_wrong(row, kind, options, fragments):
     with pytest.raises(kind, match=words(fragments)):
         fit(**options)
-
-
-def from_starts(make, starts=2):
-    return multi_start(make, loss, BATCH, starts=starts, optim=optax.sgd(0.1), steps=1, key=KEY)
-
-
-def numbered():
-    """A function that gives 0, 1, ...: something to be different in every start."""
-    numbers = itertools.count()
-    return lambda: next(numbers)
-
-
-def holds(number):
-    return lambda x: number * x
-
-
-STARTS = [
-    (
-        lambda n: {"w": jnp.ones(3), "dt0": 0.1 * n},
-        ["`model['dt0']`", "0.0 and 0.1", "jnp.asarray"],
-    ),
-    (lambda n: {"w": jnp.ones(3 + n)}, ["`model['w']`", "f64[3] and f64[4]"]),
-    (lambda n: {"w": jnp.ones(3), "f": holds(n)}, ["`model['f']`", "outside `make_model`"]),
-    (lambda n: {"w": jnp.ones(3), "f": lambda x, n=n: n * x}, ["`model['f']`", "outside"]),
-    (lambda n: {"w": jnp.ones(3), "layers": n * [jnp.ones(1)]}, ["structure", "['layers']"]),
-    (lambda n: {"w": jnp.ones(3), "p": Bounded(0.1, 0.0, 1.0 + n)}, ["structure", "Bounded"]),
-]
-
-
-@pytest.mark.parametrize("make, fragments", STARTS)
-def test_starts_that_differ_beside_the_values_of_arrays(make, fragments):
-    number = numbered()
-    with pytest.raises(ValueError, match=words(["starts 0 and 1", *fragments])):
-        from_starts(lambda key: make(number()))
-
-
-@pytest.mark.parametrize("starts", [0, True, 1.0])
-def test_multi_start_says_what_is_wrong(starts):
-    with pytest.raises(ValueError, match=f"`starts` is {starts}"):
-        from_starts(lambda key: {"w": jnp.ones(3)}, starts)
 
 
 def test_integers_that_jax_would_wrap():

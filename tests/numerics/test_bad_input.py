@@ -15,7 +15,7 @@ import pytest
 from oracles import CONSTANT, OURS, PARAMS, Y0, solve
 from sweeps import sweep
 
-from nde.solvers import BrownianInterval
+from nde.solvers import BrownianInterval, DiscreteAdjoint, Estimates
 
 RAISED = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
@@ -153,6 +153,22 @@ def test_a_gradient_that_an_adjoint_lacks_is_refused(name, mode):
     words = [f"with respect to {name}", "DiscreteAdjoint", "`jax.lax.stop_gradient`"]
     with pytest.raises(ValueError, match=mentions(words)):
         mode(gradient)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"solver": dfx.Kvaerno3()}, {"adjoint": DiscreteAdjoint(estimates=Estimates())}],
+    ids=["implicit", "estimates"],
+)
+def test_nor_has_it_that_of_a_tolerance_which_a_step_reads(options):
+    """Of the roots of an implicit step, of estimates in units of it."""
+
+    def loss(rtol):
+        controller = dfx.PIDController(rtol=rtol, atol=1e-6)
+        return jnp.sum(solve(Y0, stepsize_controller=controller, **options).ys)
+
+    with pytest.raises(ValueError, match="with respect to the step size controller"):
+        jax.grad(loss)(1e-3)
 
 
 def test_what_the_message_says_to_type_works():

@@ -366,3 +366,10 @@ def test_the_wrapper_in_a_batch_with_an_adjoint_of_diffrax(adjoint):
     got = jax.jit(jax.vmap(jax.grad(stiffness), in_axes=(None, 0)))(0.7, ends)
     alone = jax.jit(jax.grad(stiffness))
     np.testing.assert_allclose(got, [alone(0.7, t) for t in ends], rtol=1e-6)
+
+
+def test_an_empty_state_has_no_error():
+    options = dict(adjoint=DiscreteAdjoint(estimates=Estimates()), max_steps=16)
+    term = dfx.ODETerm(lambda t, y, args: y)
+    stats = dfx.diffeqsolve(term, dfx.Tsit5(), 0.0, 1.0, 0.1, (), **options).stats
+    assert stats["error_estimate"] == stats["stiffness_estimate"] == 0.0
