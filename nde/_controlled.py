@@ -20,6 +20,7 @@ from nde._protocol import Rates, check_spacing, check_state, check_times
 from nde._run import run
 from nde.paths import AbstractControl
 from nde.solvers.checks import check_count, check_tolerances, is_traced
+from nde.solvers.program import end_floor
 
 
 class KnotSteps(diffrax.AbstractStepSizeController):
@@ -90,6 +91,8 @@ def solve_cde(
         ts = ts.astype(dtype)
         _check_inside(ts, control)
     controller, max_steps = stepping(model, control)
+    if controller is not model.stepsize_controller:  # steps end at the knots
+        z0 = _check_last_step(z0, control.ts, model.steps_per_interval or 1)
     term = diffrax.ControlTerm(Rates(matrix), control)
     return run(
         model,
@@ -188,6 +191,31 @@ def check_matrix(
             f"path has {channels} channels; return {(*z0.shape, channels)}. The time, and counts, "
             "are channels of the path."
         )
+
+
+def _check_last_step(
+    z0: Float[Array, " state"], knots: Float[Array, " knots"], steps: int
+) -> Float[Array, " state"]:
+    """`z0`, if the solver takes the last step: one that begins at the very end of a solve is merged
+    with the one before, and sees its data.
+    """
+    if knots.shape[0] == 2 and steps == 1:
+        return z0
+    knots = jax.lax.stop_gradient(knots)
+    start, end = knots[0], knots[-1]
+    before = jnp.max(jnp.where(knots < end, knots, start))  # padding repeats the last
+    begins = end - (end - before) / steps
+    merged = (begins > end_floor(end)) & (begins > start)
+    told = (
+        "The last step of the path is too short for the precision of its times: a solver merges a "
+        "step within 100 spacings of the end with the one before. Subtract an offset from `ts`, such "
+        "as the first time, or use float64."
+    )
+    if is_traced(z0, knots):
+        return eqx.error_if(z0, merged, told)
+    if merged:
+        raise ValueError(f"{told} It begins at {begins} and ends at {end}, in {knots.dtype}.")
+    return z0
 
 
 def _check_inside(ts: Float[Array, " times"], control: AbstractControl) -> None:

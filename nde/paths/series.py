@@ -19,8 +19,6 @@ from nde.solvers.checks import is_traced
 
 __all__ = ["PaddedSeries", "pad_series"]
 
-_LOST = 100  # spacings of t1 within which a step ends there, as in diffrax
-
 
 class PaddedSeries(NamedTuple):
     """Series of unequal length in arrays of one shape; see `pad_series`.
@@ -186,12 +184,6 @@ def _check_numbers(ts: np.ndarray, ys: np.ndarray) -> None:
             "and merge what was observed at one time; for padding, pass `length`. Times far from zero "
             "(seconds since 1970) need an offset subtracted, or float64, to stay apart."
         )
-    if len(ts) > 2 and ts[-1] - ts[-3] <= _LOST * np.spacing(np.abs(ts[-1])):
-        raise ValueError(
-            f"`ts` ends with {ts[-3]}, {ts[-2]}, {ts[-1]} in {ts.dtype}, too close to each other for "
-            f"a solver: a step that ends within {_LOST} spacings of the end is the last. Subtract an "
-            "offset, or use float64."
-        )
     if np.isinf(ys).any():
         at = tuple(map(int, np.argwhere(np.isinf(ys))[0]))
         raise ValueError(f"`ys` is {ys[at]} at index {at}; a missing value is NaN.")
@@ -219,14 +211,6 @@ def _check_traced(
         wrong,
         "`ts` must increase, without repeated times; for padding, pass `length`. Times far from zero "
         "need an offset subtracted, or float64, to stay apart.",
-    )
-    length = jnp.asarray(len(ts)) if length is None else length
-    before, last = ts[jnp.maximum(length - 3, 0)], ts[-1]  # padding repeats the last
-    ts = eqx.error_if(
-        ts,
-        (length > 2) & (last - before <= _LOST * jnp.spacing(jnp.abs(last))),
-        f"`ts` ends with three times within {_LOST} spacings of their precision, where a solver takes "
-        "one step. Subtract an offset, or use float64.",
     )
     ts = eqx.error_if(ts, jnp.isinf(ys).any(), "`ys` must be finite; a missing value is NaN.")
     return eqx.error_if(

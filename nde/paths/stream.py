@@ -1,10 +1,12 @@
 """A path that grows while it is observed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Real
 
 from nde.paths.control import ControlPath
@@ -85,6 +87,7 @@ class Stream(eqx.Module):
         self, t: Real[Array, ""], x: Float[Array, " channels"]
     ) -> tuple["Stream", ControlPath]:
         """The stream after another observation, and the path from the last one to it."""
+        _check_kept(self.t, t)
         t, x = jnp.asarray(t, dtype=self.t.dtype), jnp.asarray(x, dtype=self.t.dtype)
         if x.shape != self.values.shape:
             raise ValueError(
@@ -106,6 +109,18 @@ class Stream(eqx.Module):
             lambda stream: (stream.t, stream.values, stream.seen),
             self,
             (t, jnp.where(observed, x, self.values), self.seen + observed.astype(x.dtype)),
+        )
+
+
+def _check_kept(last: Array, t: Any) -> None:
+    """The time from `last` to `t` survives the precision of the stream."""
+    if is_traced(last, t):
+        return
+    given, kept = np.float64(t), np.float64(np.asarray(t, last.dtype))
+    if abs(kept - given) > 0.01 * abs(given - np.float64(last)):
+        raise ValueError(
+            f"`t` is {given}, which the stream holds as {kept} in {last.dtype}: too coarse for the time "
+            f"since {last}. Subtract an offset, such as the first time, or use float64."
         )
 
 

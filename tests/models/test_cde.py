@@ -335,6 +335,30 @@ def test_times_that_decrease():
         neural().trajectory(path_of()(), jnp.array([0.9, 0.2]))
 
 
+FAR = [  # (interpolation, model, spacing of times near 1e14: 100 spacings there are 1.6)
+    (paths.linear, {}, 0.5),
+    (paths.rectilinear, {}, 1.0),
+    (paths.hermite_cubic, {"steps_per_interval": 2}, 1.0),
+    (paths.linear, ADAPTIVE, 0.5),
+]
+
+
+@pytest.mark.parametrize("interpolation, options, spacing", FAR)
+def test_a_last_step_that_would_be_merged_with_the_one_before_is_refused(
+    interpolation, options, spacing
+):
+    """There the solver would see what comes after the last step but one."""
+    model = neural(**options)
+    ts, ys = 1e14 + spacing * jnp.arange(4.0), jnp.ones((4, 2))
+    path = interpolation(ts, ys)
+    with pytest.raises(ValueError, match="The last step of the path is too short .* Subtract"):
+        model(path)
+    with pytest.raises(RuntimeError, match="The last step of the path is too short"):
+        jax.jit(lambda ys: model(interpolation(ts, ys)))(ys)
+    padded = interpolation(ts - ts[0], ys, jnp.array(3))
+    assert jnp.isfinite(model(padded)).all()
+
+
 def test_times_outside_the_data():
     for ts in ([0.0, 0.5], [0.5, 99.0]):
         with pytest.raises(ValueError, match="outside the data nothing drives the model"):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.interpolate
+from jax.test_util import check_grads
 
 import nde
 from nde import paths
@@ -233,13 +234,11 @@ def test_a_path_far_from_zero_keeps_its_first_value(make):
     np.testing.assert_allclose(found, ys, atol=1e-5)
 
 
-def test_times_that_a_solver_would_merge_are_refused():
-    ts, ys = jnp.asarray(8e6 + np.arange(41), jnp.float32), jnp.ones((41, 1), jnp.float32)
-    with pytest.raises(ValueError, match=r"`ts` ends with 8000038.0, .* one step|too close"):
-        paths.linear(ts, ys)
-    with pytest.raises(RuntimeError, match="ends with three times within 100 spacings"):
-        jax.vmap(paths.linear)(ts[None], ys[None], jnp.array([41]))
-    jax.vmap(paths.linear)(ts[None] - 8e6, ys[None], jnp.array([3]))
+@pytest.mark.parametrize("make", [paths.natural_cubic, paths.linear, paths.rectilinear])
+def test_a_path_has_a_derivative_by_its_times(make):
+    ts, ys = jnp.array([0.0, 1.0, 2.5, 3.0]), jnp.array([[0.0], [1.0], [0.5], [2.0]])
+    area = lambda ts: jnp.sum(make(ts, ys).evaluate(ts[0] + 1.7) * jnp.array([0.3, 1.0]))
+    check_grads(area, (ts,), order=1, modes=["rev"])
 
 
 def test_series_of_unequal_length_are_padded_with_their_last_row():
@@ -372,3 +371,10 @@ def test_a_stream_refuses_the_past_and_other_channels():
         stream.append(jnp.asarray(2.0), jnp.asarray([0.0, jnp.inf]))
     with pytest.raises(RuntimeError, match="a missing value is NaN"):
         jax.jit(lambda x: stream.append(2.0, x)[0].values)(jnp.asarray([0.0, jnp.inf]))
+
+
+def test_a_stream_refuses_times_that_it_would_move():
+    with jax.enable_x64(False):
+        stream = paths.Stream(np.float64(1.7e9), jnp.ones(1))
+        with pytest.raises(ValueError, match="`t` is 1700000200.0, which the stream holds as"):
+            stream.append(np.float64(1.7e9 + 200), jnp.ones(1))
