@@ -96,7 +96,7 @@ class Tree(NamedTuple):
 
     def increment(self, s: Place, t: Place, branch: Branch) -> tuple[bridge.Piece, Branch]:
         """The stretch from s to t, s <= t, and the branch, now standing on the end it was far from."""
-        zero = bridge.opaque_zero(self.key)
+        zero = bridge.opaque_zero(self.key, s.leaf, t.leaf)
         cost_s, cost_t = (self._levels(p) - self._shared(branch.place, p) for p in (s, t))
         from_t = cost_t < cost_s
         near, far = _where(from_t, t, s), _where(from_t, s, t)

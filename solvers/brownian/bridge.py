@@ -31,15 +31,20 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 Node = tuple[Float[Array, " size"], ...]
 Draws = TypeVar("Draws")
 
 
-def opaque_zero(key: PRNGKeyArray) -> UInt[Array, ""]:
-    """Zero, but no compiler can tell: n (n + 1) is even for every word n of the (scalar) key."""
+def opaque_zero(key: PRNGKeyArray, *numbers: Int[Array, ""]) -> UInt[Array, ""]:
+    """Zero, but no compiler can tell: n (n + 1) is even for every word n of the (scalar) key.
+
+    `numbers`: of the query, which also change where a program has only one key.
+    """
     word = jnp.ravel(jax.random.key_data(key))[0]
+    for number in numbers:
+        word ^= number.astype(jnp.uint32)
     return (word * (word + jnp.uint32(1))) & jnp.uint32(1)
 
 

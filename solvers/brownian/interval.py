@@ -285,7 +285,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         """W (and H) between a and b, the sign of b - a, the new state, and what is wrong with the query."""
         state = self.init() if state is None else state
         p, q = self._place(jnp.minimum(a, b)), self._place(jnp.maximum(a, b))
-        tree, zero = self._tree(), bridge.opaque_zero(self.key)
+        tree, zero = self._tree(), bridge.opaque_zero(self.key, p.leaf, q.leaf)
         whole, state = tree.increment(p, q, state)
         t0, t1 = self._ends(a.dtype)
         # The tree has length 1: W and H scale with the root of the interval's length.

@@ -311,6 +311,13 @@ def test_traced_intervals_give_the_same_bits():
     np.testing.assert_array_equal(jax.jit(query)(0.0, 1.0, 2.0**-10), expected)
 
 
+def test_a_key_that_is_a_constant_of_the_program_gives_the_same_bits():
+    path = interval(diffrax.SpaceTimeLevyArea, shape=(50,))
+    fixed = jax.jit(lambda s, t: path.evaluate(s, t, use_levy=True))
+    for s, t in random_queries(6, 3):
+        np.testing.assert_array_equal(numbers(fixed(s, t)), numbers(evaluate(path, s, t)))
+
+
 def test_pytrees_have_the_shapes_and_types_of_diffrax():
     leaves = jax.ShapeDtypeStruct((2, 3), jnp.float64), jax.ShapeDtypeStruct((), jnp.float16)
     shape = {"a": leaves[0], "b": leaves[1]}
