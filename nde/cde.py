@@ -130,7 +130,8 @@ class NeuralCDE(AbstractODE):
                 that were not reached, and with `ts=None` the state where the solve stopped.
 
         Raises:
-            ValueError: if the path does not fit the model, or `ts` is outside the data.
+            ValueError: if the path does not fit the model, `ts` is outside the data, or the last step
+                is too short for the precision of the times (inside `jax.jit`, a RuntimeError).
         """
         check_control(control, self.causal)
         z0 = self.initial_state(control.start)

@@ -117,7 +117,8 @@ class LogNeuralCDE(AbstractODE):
                 that were not reached, and with `ts=None` the state where the solve stopped.
 
         Raises:
-            ValueError: if the path does not fit the model, or `ts` is outside the data.
+            ValueError: if the path does not fit the model, `ts` is outside the data, or the last step
+                is too short for the precision of the times (inside `jax.jit`, a RuntimeError).
         """
         check_log_signatures(control)
         check_control(control, self.causal)
