@@ -258,10 +258,11 @@ def _check_first_step(times: np.ndarray, dt0: float | None) -> None:
 
 def check_spacing(name: str, times: Float[np.ndarray, "... times"] | Array) -> None:
     """The distances between times, along the last axis, survive the precision that jax gives them."""
-    if is_traced(times):
+    kept = jax.dtypes.canonicalize_dtype(times.dtype)
+    if kept == times.dtype:  # as it is of everything that jax holds already
         return
     times = np.asarray(times)
-    kept, steps = jax.dtypes.canonicalize_dtype(times.dtype), np.diff(times)
+    steps = np.diff(times)
     rounded = np.diff(times.astype(kept).astype(times.dtype))
     lost = np.abs(rounded - steps) > 0.01 * np.abs(steps)
     if lost.any():
@@ -350,13 +351,18 @@ def check_context(name: str, field: Any, args: PyTree[Any]) -> None:
         )
 
 
+def check_instance(name: str, value: Any) -> None:
+    """`value` is made, and not the class of it."""
+    if isinstance(value, type):
+        kind = value.__name__
+        raise ValueError(f"`{name}` is the class {kind}; make one: {kind}(...).")
+
+
 def check_callable(name: str, function: Any, arguments: str) -> None:
     """`function` can be called with the positional `arguments`, written like "(t, y, args)"."""
     if not callable(function):
         raise ValueError(f"`{name}` is {function!r}; it must be a function {name}{arguments}.")
-    if isinstance(function, type):
-        kind = function.__name__
-        raise ValueError(f"`{name}` is the class {kind}; make one: {kind}(...).")
+    check_instance(name, function)
     try:
         signature = inspect.signature(function)
     except ValueError:  # some builtins have no signature to look at

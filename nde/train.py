@@ -27,7 +27,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from nde._batching import ArrayBatches, Batch, IteratorBatches, as_integer, make_batches
 from nde._history import History, NonFiniteError, Reports
-from nde._protocol import check_callable, check_key
+from nde._protocol import check_callable, check_instance, check_key
 from nde._training_step import initial_state, leaf_paths, make_step, strongly_typed
 from nde._verdict import check_report, plain
 from nde.hybrid import Frozen
@@ -201,8 +201,7 @@ def _split(model: PyTree, frozen: Callable | None) -> tuple[PyTree, PyTree, PyTr
             return jax.tree.map(lambda leaf: False, node)
         return eqx.is_array(node) and bool(jnp.issubdtype(node.dtype, jnp.floating))
 
-    if isinstance(model, type):
-        raise ValueError(f"`model` is the class {model.__name__}; make one: {model.__name__}(...).")
+    check_instance("model", model)
     mask = jtu.tree_map_with_path(trains, model, is_leaf=is_fixed)
     if frozen is not None:
         check_callable("frozen", frozen, "(model)")

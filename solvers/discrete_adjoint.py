@@ -75,7 +75,7 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
             )
         if lacking is not None:
             return diffrax.RecursiveCheckpointAdjoint().loop(**options)
-        solver = loop.without_tolerances(options["solver"], options["stepsize_controller"])
+        solver = loop.stopped(options["solver"], options["stepsize_controller"])
         problem = [options[name] for name in ("terms", "args", "t0", "t1")]
         stepper = stepper_for(solver, *problem, y0=options["init_state"].y)
         make = lambda traced, start: _StoredSolve(

@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,10 +121,7 @@ def judge_for(
     solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController, scaled: bool
 ) -> Judge:
     """The judge of a solver's steps, with the tolerances of the controller."""
-    # Stopped here, and not where they are used: there an adjoint would take them for something that
-    # it has a derivative of.
-    still = lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x
-    rtol, atol = map(still, tolerances(controller) if scaled else (None, None))
+    rtol, atol = tolerances(controller) if scaled else (None, None)
     limit = STABILITY_LIMITS.get(type(solver).__name__)
     apart = None if limit is None else _apart(solver)
     return Judge(rtol, atol, apart, 1.0 if limit is None else limit)

@@ -44,16 +44,15 @@ def lacking(options: Options) -> str | None:
     return None
 
 
-def without_tolerances(
-    solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController
-) -> diffrax.AbstractSolver:
-    """The solver, without the derivative of what diffrax has given it of the controller.
+def stopped(tree: Any, controller: diffrax.AbstractStepSizeController) -> Any:
+    """A solver, or the controller itself, without the derivative of the controller's arrays.
 
-    An implicit one iterates to the controller's tolerances, whose derivative is to be refused.
+    A step may read its tolerances: an implicit one iterates to them, estimates are in units of them.
+    Were they not stopped before, an adjoint would take them for what it has a derivative of.
     """
     theirs = {id(x) for x in jax.tree.leaves(controller)}
     shared = lambda x: eqx.is_inexact_array(x) and id(x) in theirs
-    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if shared(x) else x, solver)
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if shared(x) else x, tree)
 
 
 def run(
@@ -74,7 +73,8 @@ def run(
     judge = None
     if estimates is not None:
         checks.check_estimates(options["solver"])
-        judge = judge_for(options["solver"], controller, estimates.scaled)
+        still = stopped(controller, controller)
+        judge = judge_for(options["solver"], still, estimates.scaled)
     traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps, judge)
     out = make(traced, start).solve(start)
     dense = any(save.at_time is not None for save in traced.saves)

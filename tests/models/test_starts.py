@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from messages import mentions
 
 import nde
 from nde.hybrid import Bounded
@@ -50,9 +51,8 @@ STARTS = [
 @pytest.mark.parametrize("make, fragments", STARTS)
 def test_starts_that_differ_beside_the_values_of_arrays(make, fragments):
     number = numbered()
-    with pytest.raises(ValueError, match="starts 0 and 1") as caught:
+    with pytest.raises(ValueError, match=mentions(["starts 0 and 1", *fragments])):
         from_starts(lambda key: make(number()))
-    assert all(fragment in str(caught.value) for fragment in fragments)
 
 
 @pytest.mark.parametrize("starts", [0, True, 1.0])

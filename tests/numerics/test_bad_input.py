@@ -4,25 +4,19 @@ Rows marked V are known without data and raise while tracing; rows marked R are 
 raise, or with `throw=False` leave a result code in their lane and the others alone.
 """
 
-import re
-
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+from messages import mentions
 from oracles import CONSTANT, OURS, PARAMS, Y0, solve
 from sweeps import sweep
 
 from nde.solvers import BrownianInterval, DiscreteAdjoint, Estimates
 
 RAISED = (RuntimeError, ValueError, TypeError, NotImplementedError)
-
-
-def mentions(words):
-    """A regular expression that finds all words, in any order."""
-    return "(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words)
 
 
 def eagerly(fn):
