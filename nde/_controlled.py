@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from nde._protocol import Rates, check_spacing, check_state, check_times
 from nde._run import run
 from nde.paths import AbstractControl
-from nde.solvers.checks import check_count, check_tolerances, is_traced
-from nde.solvers.program import end_floor
+from nde.solvers.adjoint.traced import end_floor
+from nde.solvers.inputs import check_count, check_tolerances, is_traced
 
 
 class KnotSteps(diffrax.AbstractStepSizeController):

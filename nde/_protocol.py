@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from nde._run import run
 from nde.solvers import DiscreteAdjoint
-from nde.solvers.checks import check_count, check_tolerances, is_traced
+from nde.solvers.inputs import check_count, check_tolerances, is_traced
 
 
 class AbstractODE(eqx.Module):

@@ -7,8 +7,8 @@ import jax
 from jaxtyping import PyTree
 
 from nde.solvers import SolveError, diagnose
-from nde.solvers.checks import is_traced
-from nde.solvers.program import code
+from nde.solvers.adjoint.traced import code
+from nde.solvers.inputs import is_traced
 
 
 def run(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from nde._protocol import check_callable, check_key
-from nde.solvers.checks import check_count
+from nde.solvers.inputs import check_count
 
 __all__ = ["Batched", "MLPField", "MatrixField"]
 

@@ -34,7 +34,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from nde._protocol import AbstractODE, check_callable, check_context
 from nde.fields import Batched
-from nde.solvers.checks import is_traced
+from nde.solvers.inputs import is_traced
 
 __all__ = ["Bounded", "Frozen", "HybridODE", "Positive", "additive"]
 

@@ -43,7 +43,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from nde._protocol import check_callable, check_key, check_times
 from nde._recurrence import by_platform, in_chunks, in_order, product
-from nde.solvers.checks import check_count, is_traced
+from nde.solvers.inputs import check_count, is_traced
 
 __all__ = [
     "LinearCDE",

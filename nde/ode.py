@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from nde._protocol import AbstractODE
-from nde.solvers.checks import check_count
+from nde.solvers.inputs import check_count
 
 __all__ = ["NeuralODE"]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, PyTree
 
-from nde._history import History
+from nde._training.history import History
 
 try:
     import matplotlib.pyplot as plt

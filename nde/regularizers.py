@@ -43,8 +43,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from nde._protocol import AbstractODE, Rates, check_key, checked, solve_ode
 from nde.solvers import DiscreteAdjoint, Estimates, WithEstimates
-from nde.solvers.checks import check_count
-from nde.solvers.heuristics import tolerances
+from nde.solvers.inputs import check_count, tolerances
 
 __all__ = [
     "error_and_stiffness",

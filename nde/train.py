@@ -25,11 +25,11 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from nde._batching import ArrayBatches, Batch, IteratorBatches, as_integer, make_batches
-from nde._history import History, NonFiniteError, Reports
 from nde._protocol import check_callable, check_instance, check_key
-from nde._training_step import initial_state, leaf_paths, make_step, strongly_typed
-from nde._verdict import check_report, plain
+from nde._training.batching import ArrayBatches, Batch, IteratorBatches, as_integer, make_batches
+from nde._training.history import History, NonFiniteError, Reports
+from nde._training.step import initial_state, leaf_paths, make_step, strongly_typed
+from nde._training.stopping import check_report, plain
 from nde.hybrid import Frozen
 
 __all__ = ["Batch", "History", "NonFiniteError", "fit", "multi_start"]

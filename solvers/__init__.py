@@ -9,19 +9,19 @@ if __name__ != "nde.solvers":
         "not be recognised by the first. Install the project with `pip install -e .`."
     )
 
+from nde.solvers.adjoint.discrete_adjoint import DiscreteAdjoint
+from nde.solvers.adjoint.reversible_adjoint import ReversibleAdjoint
 from nde.solvers.brownian import BrownianGrid, BrownianInterval, SpaceSpaceLevyArea
-from nde.solvers.diagnosis import Diagnosis, SolveError, diagnose
-from nde.solvers.discrete_adjoint import DiscreteAdjoint
-from nde.solvers.ees import EES25, EES27
-from nde.solvers.estimating import WithEstimates
-from nde.solvers.heuristics import Estimates
-from nde.solvers.leapfrog import AsynchronousLeapfrog
-from nde.solvers.levy_heun import LevyHeun
-from nde.solvers.mccallum_foster import Reversible
-from nde.solvers.reversible_adjoint import ReversibleAdjoint
-from nde.solvers.reversible_heun import ReversibleHeun
-from nde.solvers.sosri import SOSRI, SOSRI2
-from nde.solvers.symplectic import StormerVerlet, Yoshida4
+from nde.solvers.estimates.estimates import Estimates
+from nde.solvers.estimates.wrapper import WithEstimates
+from nde.solvers.failures.diagnosis import Diagnosis, SolveError, diagnose
+from nde.solvers.methods.levy_heun import LevyHeun
+from nde.solvers.methods.sosri import SOSRI, SOSRI2
+from nde.solvers.reversible.ees import EES25, EES27
+from nde.solvers.reversible.leapfrog import AsynchronousLeapfrog
+from nde.solvers.reversible.mccallum_foster import Reversible
+from nde.solvers.reversible.reversible_heun import ReversibleHeun
+from nde.solvers.reversible.symplectic import StormerVerlet, Yoshida4
 
 __all__ = [
     "SOSRI",

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Real
 
 from nde.paths.control import AbstractControl, ControlPath
-from nde.solvers.checks import check_count
+from nde.solvers.inputs import check_count
 
 __all__ = ["LogSignaturePath", "log_signature", "lyndon_words"]
 

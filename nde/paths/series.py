@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from nde._protocol import check_spacing
-from nde.solvers.checks import is_traced
+from nde.solvers.inputs import is_traced
 
 __all__ = ["PaddedSeries", "pad_series"]
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Real
 
 from nde.paths.control import ControlPath
 from nde.paths.interpolation import linear, rectilinear, staircase, straight
-from nde.solvers.checks import is_traced
+from nde.solvers.inputs import is_traced
 
 __all__ = ["Stream"]
 

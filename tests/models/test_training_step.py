@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nde._batching import make_batches
-from nde._history import Reports
-from nde._training_step import gradient_norm
+from nde._training.batching import make_batches
+from nde._training.history import Reports
+from nde._training.step import gradient_norm
 
 KEY = jax.random.key(0)
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nde.solvers.coupling import Step
-from nde.solvers.ees import EES25, EES27
+from nde.solvers.reversible.coupling import Step
+from nde.solvers.reversible.ees import EES25, EES27
 
 r = np.sqrt(2.0)
 # Butcher form, as published: (a, b, c).

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from oracles import ADAPTIVE, CONSTANT, OURS, PARAMS, Y0, field, relative, solve, weigh
 
-from nde.solvers import explicit_rk
-from nde.solvers.stepper import SolverStepper, UnrolledStepper, stepper_for
+from nde.solvers.adjoint.stepper import SolverStepper, UnrolledStepper, stepper_for
+from nde.solvers.methods import explicit_rk
 
 EXPLICIT = {
     "Bosh3": dfx.Bosh3(),

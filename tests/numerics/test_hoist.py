@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from oracles import relative
 
-from nde.solvers.hoist import Pool
+from nde.solvers.lanes.closures import Pool
 
 W, B, UNUSED = jnp.array([[0.3, -0.2], [0.5, 0.1]]), jnp.array([0.1, 0.7]), jnp.ones(1000)
 X = {"x": jnp.array([0.4, -0.9]), "t": jnp.array(0.3)}

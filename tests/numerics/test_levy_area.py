@@ -10,7 +10,7 @@ import scipy.stats
 from sweeps import sweep
 
 from nde.solvers.brownian import BrownianGrid, SpaceSpaceLevyArea, davie_area, foster_area
-from nde.solvers.levy_heun import LevyHeun
+from nde.solvers.methods.levy_heun import LevyHeun
 
 KEY = jax.random.key(8)
 METHODS = {"Foster": foster_area, "Davie": davie_area}

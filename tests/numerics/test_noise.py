@@ -85,7 +85,7 @@ def test_accepted_steps_end_on_nodes(direction):
 def test_a_solver_that_asks_about_parts_of_a_step_is_left_alone():
     def heard(solver):
         terms = terms_of(W, jax.random.key(0))
-        from nde.solvers.stepper import stepper_for
+        from nde.solvers.adjoint.stepper import stepper_for
 
         stepper = stepper_for(solver, terms, None, 0.0, 0.1, Y0)
         t0, t1 = jnp.array(0.0), jnp.array(0.1)

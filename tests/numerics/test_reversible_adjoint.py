@@ -20,7 +20,7 @@ from nde.solvers import (
     ReversibleAdjoint,
     ReversibleHeun,
 )
-from nde.solvers.coupling import Coupling, total
+from nde.solvers.reversible.coupling import Coupling, total
 
 EXACT = 1e-12  # a few hundred roundings
 VARIABLE = dfx.StepTo(np.array([0.0, 0.2, 0.3, 0.55, 0.8, 0.95, 1.1]))

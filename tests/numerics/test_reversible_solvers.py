@@ -11,11 +11,11 @@ from problems import PROBLEMS, reference, terms
 from reversibles import RK4, there_and_back
 from sweeps import sweep
 
-from nde.solvers.ees import EES25, EES27
-from nde.solvers.leapfrog import AsynchronousLeapfrog
-from nde.solvers.mccallum_foster import Reversible
-from nde.solvers.reversible_heun import ReversibleHeun
-from nde.solvers.symplectic import StormerVerlet, Yoshida4
+from nde.solvers.reversible.ees import EES25, EES27
+from nde.solvers.reversible.leapfrog import AsynchronousLeapfrog
+from nde.solvers.reversible.mccallum_foster import Reversible
+from nde.solvers.reversible.reversible_heun import ReversibleHeun
+from nde.solvers.reversible.symplectic import StormerVerlet, Yoshida4
 
 REVERSIBLE = {
     "ReversibleHeun": ReversibleHeun(),

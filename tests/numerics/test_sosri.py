@@ -12,7 +12,7 @@ from sweeps import sweep
 
 from nde.solvers import DiscreteAdjoint, Estimates, WithEstimates
 from nde.solvers.brownian import BrownianGrid, BrownianInterval
-from nde.solvers.sosri import SOSRI, SOSRI2, SRIW1
+from nde.solvers.methods.sosri import SOSRI, SOSRI2, SRIW1
 
 KEY = jax.random.key(2)
 METHODS = {"SOSRI": SOSRI(), "SOSRI2": SOSRI2(), "SRIW1": SRIW1()}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nde.solvers import EES25, DiscreteAdjoint, ReversibleAdjoint
-from nde.solvers import tape as tapes
+from nde.solvers.adjoint import tape as tapes
 
 LONGEST = 1200
 

@@ -1,0 +1,1 @@
+"""Exact discrete adjoints: one solve, forwards and backwards."""

@@ -1,0 +1,175 @@
+"""Bad input to a solve, told apart before the first step.
+
+Inside `diffeqsolve` the numbers are traced even in an eager call. So there are two kinds of check: what
+shapes, types and options show (an exception while tracing), and what only the numbers show (an error at
+run time if `throw=True`, else a result code in that lane; either way the lane takes no step).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from nde.solvers.adjoint.noise import covered
+from nde.solvers.adjoint.traced import Start, code
+from nde.solvers.brownian import BrownianGrid
+
+
+def check_options(
+    name: str, max_steps: int | None, saveat: diffrax.SaveAt, y0: PyTree[Array]
+) -> None:
+    """What an adjoint of ours needs whatever the numbers are."""
+    if max_steps is None:
+        raise ValueError(
+            f"`max_steps=None` was given, but `{name}` stores steps and must know how many there can "
+            "be. Pass a bound, for example `max_steps=100_000`, or use `adjoint=diffrax.ForwardMode()`."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(y0):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"`y0{jax.tree_util.keystr(path)}` is complex ({leaf.dtype}); `{name}` needs real "
+                "states. Split it into two real arrays: `y0 = (y.real, y.imag)`."
+            )
+    for sub in jax.tree.leaves(saveat.subs, is_leaf=lambda x: isinstance(x, diffrax.SubSaveAt)):
+        if sub.ts is not None and jnp.ndim(sub.ts) != 1:
+            raise ValueError(
+                f"`SaveAt(ts=...)` has shape {jnp.shape(sub.ts)}; one solve takes one series of times, "
+                "shape (times,). Use `jax.vmap` over the batch."
+            )
+
+
+def check_estimates(solver: diffrax.AbstractSolver) -> None:
+    """Only a solver that adapts its steps has an error estimate."""
+    if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        raise ValueError(
+            f"`estimates` were asked for, but {type(solver).__name__} has no error estimate. Use a solver "
+            f"that has one, such as diffrax.Tsit5(), or diffrax.HalfSolver({type(solver).__name__}())."
+        )
+
+
+def check_noise(
+    terms: PyTree[diffrax.AbstractTerm], controller: diffrax.AbstractStepSizeController
+) -> None:
+    """Noise that stands on a grid cannot follow steps that leave it."""
+    is_grid = lambda x: isinstance(x, BrownianGrid)
+    on_grid = any(is_grid(x) for x in jax.tree.leaves(terms, is_leaf=is_grid))
+    if on_grid and isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
+        raise ValueError(
+            f"`BrownianGrid` with `stepsize_controller={type(controller).__name__}(...)`: adaptive steps "
+            "leave the grid. Use `BrownianInterval(t0, t1, shape, key)`, or `ConstantStepSize()`."
+        )
+
+
+def check_vector_field(
+    terms: PyTree[diffrax.AbstractTerm], t0: Array, y0: PyTree[Array], args: Any
+) -> None:
+    """The field of an ODE, or the drift of an SDE, must return what the state is made of."""
+    parts = terms.terms if isinstance(terms, diffrax.MultiTerm) else [terms]
+    for part in parts:
+        term = getattr(part, "term", None)  # diffrax wraps what it was given
+        if isinstance(term, diffrax.ODETerm):
+            _check_derivative(eqx.filter_eval_shape(term.vector_field, t0, y0, args), y0)
+
+
+def _check_derivative(dy: PyTree, y: PyTree[Array]) -> None:
+    if jax.tree.structure(dy) != jax.tree.structure(y):
+        raise ValueError(
+            f"`vector_field` returned the structure {jax.tree.structure(dy)} for a state of structure "
+            f"{jax.tree.structure(y)}. Return one derivative for each part of `y`."
+        )
+    for (path, a), b in zip(jax.tree.leaves_with_path(dy), jax.tree.leaves(y), strict=True):
+        leaf = f"`vector_field(t, y, args){jax.tree_util.keystr(path)}`"
+        if jnp.shape(a) != jnp.shape(b):
+            raise ValueError(
+                f"{leaf} has shape {jnp.shape(a)}, but the state there has shape {jnp.shape(b)}. "
+                "Return an array of the shape of `y`."
+            )
+        if not jnp.issubdtype(jnp.result_type(a), jnp.inexact):
+            raise ValueError(
+                f"{leaf} has dtype {jnp.result_type(a)}; a derivative must be floating point. "
+                "Write 1.0 instead of 1, or use `.astype(y.dtype)`."
+            )
+
+
+class _Fault(NamedTuple):
+    """Something that may be wrong with the numbers of one lane."""
+
+    holds: Array
+    result: Any  # what stands in `sol.result` if `throw=False`
+    message: str
+
+
+def _faults(start: Start, dt0: Array | None, terms: PyTree) -> list[_Fault]:
+    """The first that holds is reported."""
+    t0, t1, tnext = start.tprev, start.t1, start.tnext
+    some = lambda test, tree: functools.reduce(jnp.logical_or, (jnp.any(test(x)) for x in tree))
+    infinite, too_small = diffrax.RESULTS.nonfinite, diffrax.RESULTS.dt_min_reached
+    return [
+        _Fault(
+            ~(jnp.isfinite(t0) & jnp.isfinite(t1)),
+            infinite,
+            "`t0` or `t1` is not finite (nan or inf). Give a finite end; to run to a steady state use "
+            "`event=diffrax.Event(diffrax.steady_state_event())` with a large finite `t1`.",
+        ),
+        _Fault(
+            some(lambda x: ~jnp.isfinite(x), [t0, *jax.tree.leaves(start.y)]),
+            infinite,
+            "`y0` is not finite: it contains nan or inf. Look for the leaf with "
+            "`jax.tree.map(lambda x: jnp.isfinite(x).all(), y0)`.",
+        ),
+        _Fault(
+            some(jnp.isnan, [t0, *start.ts]),
+            infinite,
+            "`SaveAt(ts=...)` contains nan; every index of `ts` must hold a finite time. Look for it "
+            "with `jnp.isnan(ts)`.",
+        ),
+        _Fault(
+            ~jnp.isfinite(tnext if dt0 is None else dt0),
+            infinite,
+            "`dt0` is nan or inf; it must be finite. Pass a number, or `dt0=None` with an adaptive "
+            "controller.",
+        ),
+        _Fault(
+            jnp.array(False) if dt0 is None else (dt0 == 0) & (t0 < t1),
+            too_small,
+            "`dt0` is zero: no step would ever be taken. Pass a positive number (negative if "
+            "`t1 < t0`), or `dt0=None` with an adaptive controller.",
+        ),
+        _Fault(
+            (tnext <= t0) & (t0 < t1),
+            too_small,
+            "`dt0` is too small for the precision of the time: `t0 + dt0 == t0`. The smallest usable "
+            "step is about eps * |t0|. Use a larger `dt0`, float64 times, or shift the time so that "
+            "`t0` is near 0.",
+        ),
+        *(
+            _Fault(
+                ~covers,
+                infinite,
+                "The `BrownianInterval` does not cover the solve: `t0` or `t1` is outside its interval. "
+                "Give it the interval of the solve, in increasing order.",
+            )
+            for _, covers in covered(terms, t0, t1)
+        ),
+    ]
+
+
+def stop_bad_start(start: Start, dt0: Array | None, terms: PyTree, throw: bool) -> Start:
+    """Stops a solve that cannot start: an error if `throw`, else a result code."""
+    faults = _faults(start, dt0, terms)
+    first, result = jnp.asarray(len(faults)), start.result
+    for i, fault in reversed(list(enumerate(faults))):
+        first = jnp.where(fault.holds, i, first)
+        result = jnp.where(fault.holds, code(fault.result), result)
+    if throw:
+        messages = [fault.message for fault in faults]
+        # A batch reports the largest number of its lanes, so a good lane must have the smallest.
+        is_bad = first < len(faults)
+        first = jnp.where(is_bad, first, 0)
+        start = start._replace(t1=eqx.branched_error_if(start.t1, is_bad, first, messages))
+    return start._replace(result=result)

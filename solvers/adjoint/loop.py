@@ -1,0 +1,89 @@
+"""What every adjoint's `loop` does around its own forward and backward passes.
+
+diffrax calls `adjoint.loop(...)` once, with everything prepared; see `diffrax.AbstractAdjoint`. Here the
+input is checked, the solve traced and run, and the result put into diffrax's final state.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+from jaxtyping import Array
+
+from nde.solvers.adjoint import checks
+from nde.solvers.adjoint.cost import Wanted
+from nde.solvers.adjoint.forward import Moving
+from nde.solvers.adjoint.solve import AbstractSolve, begin, finish
+from nde.solvers.adjoint.stepper import AbstractStepper
+from nde.solvers.adjoint.traced import Start, Traced, trace
+from nde.solvers.estimates.estimates import Estimates, judge_for, reduced
+from nde.solvers.inputs import check_count, check_tolerances
+
+Options = dict[str, Any]  # the keyword arguments of `loop`
+
+
+def check(options: Options) -> None:
+    """Refuses what no adjoint could solve."""
+    if options["max_steps"] is not None:
+        check_count("max_steps", options["max_steps"])
+    check_tolerances(options["stepsize_controller"], options["init_state"].y)
+    y0 = options["init_state"].y
+    checks.check_vector_field(options["terms"], options["t0"], y0, options["args"])
+    checks.check_noise(options["terms"], options["stepsize_controller"])
+
+
+def lacking(options: Options) -> str | None:
+    """An option that the lane-aware loop does not have, if it was asked for."""
+    if options["event"] is not None:
+        return "`event`"
+    if options["saveat"].dense:
+        return "`SaveAt(dense=True)`"
+    if type(options["progress_meter"]) is not diffrax.NoProgressMeter:
+        return "`progress_meter`"
+    return None
+
+
+def stopped(tree: Any, controller: diffrax.AbstractStepSizeController) -> Any:
+    """A solver, or the controller itself, without the derivative of the controller's arrays.
+
+    A step may read its tolerances: an implicit one iterates to them, estimates are in units of them.
+    Were they not stopped before, an adjoint would take them for what it has a derivative of.
+    """
+    theirs = {id(x) for x in jax.tree.leaves(controller)}
+    shared = lambda x: eqx.is_inexact_array(x) and id(x) in theirs
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if shared(x) else x, tree)
+
+
+def run(
+    name: str,
+    options: Options,
+    stepper: AbstractStepper,
+    make: Callable[[Traced, Start], AbstractSolve],
+    estimates: Estimates | None,
+) -> tuple[Any, dict[str, Array], Moving]:
+    """Solves; returns diffrax's final state, the statistics, and the last state of the loop."""
+    saveat, init_state, dt0 = options["saveat"], options["init_state"], options["dt0"]
+    t0, t1, args = options["t0"], options["t1"], options["args"]
+    checks.check_options(name, options["max_steps"], saveat, init_state.y)
+    start = begin(stepper, saveat, t1, init_state, options["passed_solver_state"])
+    start = checks.stop_bad_start(start, dt0, stepper.terms, options["throw"])
+    fresh_jumps = init_state.made_jump is not False
+    controller = options["stepsize_controller"]
+    judge = None
+    if estimates is not None:
+        checks.check_estimates(options["solver"])
+        still = stopped(controller, controller)
+        judge = judge_for(options["solver"], still, estimates.scaled)
+    traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps, judge)
+    out = make(traced, start).solve(start)
+    dense = any(save.at_time is not None for save in traced.saves)
+    wanted = Wanted(error=not traced.uniform or judge is not None, dense=dense)
+    cost = traced.stepper.evaluations(start.tprev, start.tnext, start.y, start.state, wanted)
+    nfe = cost.start + cost.attempt * (out.accepted + out.rejected) + cost.jump * out.restarts
+    final = finish(stepper, saveat, args, t0, t1, init_state, traced, out)
+    stats = {"nfe": nfe}
+    if estimates is not None and out.judged is not None:
+        stats |= reduced(estimates, out.judged, out.accepted)
+    return final, stats, out

@@ -1,0 +1,267 @@
+"""What the loop needs of a solver: a step to try, and a step to differentiate.
+
+`attempt` is the whole step, error estimate included. `advance` is the part of it that the solution
+depends on; the backward pass repeats and transposes this one. Between steps two things travel:
+
+    state   the solver's own, part of the solution: stored and differentiated (reversible Heun's copy)
+    cache   a value that only saves work, as the last stage of an FSAL method: neither stored nor
+            differentiated, recomputed where the backward pass needs it; unless the backward pass
+            needs that stage anyway (`hands_over`), which is then stored with the state instead of
+            being evaluated, and transposed, at the end of one step and at the start of the next
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from nde.solvers.adjoint.cost import Evaluations, Wanted, of_solver
+from nde.solvers.estimates import estimates as heuristics
+from nde.solvers.methods import explicit_rk
+from nde.solvers.reversible.coupling import Step
+from nde.solvers.reversible.solver import AbstractReversibleSolver, State
+
+
+class Attempt(NamedTuple):
+    """One tried step. `y_error` is None where the solver has no estimate, `ks` (the stages, times the
+    length of the step) where it does not show them."""
+
+    y1: PyTree[Array]
+    y_error: PyTree[Array] | None
+    ks: list[PyTree[Array]] | None
+    dense_info: PyTree[Array]
+    state: PyTree[Array]
+    cache: PyTree[Array]
+    result: diffrax.RESULTS
+
+
+class Advance(NamedTuple):
+    """The part of a step to differentiate: what depends on it, each None where it is not asked for."""
+
+    y1: PyTree[Array]
+    state: PyTree[Array]
+    y_error: PyTree[Array] | None = None
+    ks: list[PyTree[Array]] | None = None
+    dense_info: PyTree[Array] = None
+    cache: PyTree[Array] = None
+
+
+class AbstractStepper(eqx.Module):
+    """A solver and the terms it is applied to."""
+
+    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+    terms: eqx.AbstractVar[PyTree[diffrax.AbstractTerm]]
+    args: eqx.AbstractVar[Any]
+
+    def bare(self) -> "AbstractStepper":
+        """The stepper where nothing needs more of an attempt than `advance` gives unless `whole`."""
+        return self
+
+    def hands_over(self) -> bool:
+        """Whether `advance` takes a cache, and returns the next one."""
+        return False
+
+    def state(self, passed: PyTree[Array]) -> PyTree[Array]:
+        """The state to start from, given the one that diffrax has prepared."""
+        raise NotImplementedError
+
+    def init(self, t0: Array, t1: Array, y0: PyTree[Array]) -> PyTree[Array]:
+        """The state to start from, where the user has passed none."""
+        state = self.state(self.solver.init(self.terms, t0, t1, y0, self.args))
+        return self.settled(t0, y0, state)
+
+    def settled(self, t0: Array, y0: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
+        """The same, given the state that diffrax has prepared."""
+        del t0, y0
+        return state
+
+    def cache(self, t: Array, y: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
+        """The cache at (t, y, state)."""
+        raise NotImplementedError
+
+    def attempt(self, t0, t1, y0, state, cache, made_jump) -> Attempt:
+        raise NotImplementedError
+
+    def advance(self, t0, t1, y0, state, made_jump, whole: bool, cache=None) -> Advance:
+        """The step without what nothing depends on; only y1 and the state unless `whole`."""
+        raise NotImplementedError
+
+    def final_state(self, t, y, state) -> PyTree[Array]:
+        """The state in diffrax's form, for `SaveAt(solver_state=True)`."""
+        raise NotImplementedError
+
+    def evaluations(self, t0, t1, y0, state, wanted: Wanted) -> Evaluations:
+        """What a solve costs."""
+        raise NotImplementedError
+
+
+class UnrolledStepper(AbstractStepper):
+    """An explicit Runge-Kutta method, written out."""
+
+    solver: diffrax.AbstractSolver
+    terms: diffrax.AbstractTerm
+    args: Any
+    tableau: diffrax.ButcherTableau = eqx.field(static=True)
+    carries_last_stage: bool = eqx.field(static=True)
+    whole: bool = eqx.field(default=True, static=True)  # an attempt has an error estimate
+
+    def bare(self):
+        # As many evaluations a step, and none to begin with: the last stage is not carried over.
+        return dataclasses.replace(self, carries_last_stage=False, whole=False)
+
+    def hands_over(self):
+        return self.carries_last_stage
+
+    def state(self, passed):
+        del passed  # what diffrax would hand over is the vector field at y0, and is evaluated again
+        return None
+
+    def cache(self, t, y, state):
+        del state
+        return self.terms.vf(t, y, self.args) if self.carries_last_stage else None
+
+    def attempt(self, t0, t1, y0, state, cache, made_jump):
+        del state, made_jump  # after a jump the loop has refreshed the cache
+        y1, _, error, ks, info, cache = self.advance(t0, t1, y0, None, False, self.whole, cache)
+        return Attempt(y1, error, ks, info, None, cache, diffrax.RESULTS.successful)
+
+    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
+        del state, made_jump
+        tableau, control = self.tableau, self.terms.contr(t0, t1)
+        count = tableau.num_stages if whole else explicit_rk.needed_stages(tableau)
+        ks, y_last, f_last = explicit_rk.stages(
+            tableau, self.terms, t0, t1, control, y0, self.args, count, cache
+        )
+        y1 = explicit_rk.solution(tableau, y0, ks, y_last)
+        if not whole:
+            return Advance(y1, None)
+        y_error = explicit_rk.combine(None, tableau.b_error, ks)
+        cache = f_last if self.carries_last_stage else None
+        return Advance(y1, None, y_error, ks, _dense(y0, y1, ks), cache)
+
+    def final_state(self, t, y, state):
+        del state
+        if self.carries_last_stage:
+            return jnp.array(False), self.terms.vf(t, y, self.args)
+        return None
+
+    def evaluations(self, t0, t1, y0, state, wanted):
+        del wanted  # `bare` knows
+        stages = self.tableau.num_stages
+        if not self.whole:
+            return Evaluations(0, explicit_rk.needed_stages(self.tableau))
+        return Evaluations(1, stages - 1, 1) if self.carries_last_stage else Evaluations(0, stages)
+
+
+class ReversibleStepper(AbstractStepper):
+    """A reversible solver: the other members are its state, a shared field value its cache."""
+
+    solver: AbstractReversibleSolver
+    terms: PyTree[diffrax.AbstractTerm]
+    args: Any
+
+    def state(self, passed):
+        return jax.tree.map(jnp.asarray, passed.others)
+
+    def cache(self, t, y, state):
+        return self.solver.refresh(self.terms, t, y, State(state, None), self.args).carried
+
+    def _step(self, t0, t1, y0, state, cache, made_jump):
+        step = Step.over(self.terms, t0, t1, self.args, made_jump)
+        members0 = self.solver.members(y0, state)
+        members1, records = self.solver.advance(step, members0, cache)
+        info = self.solver.dense_info(step, members0, members1, records)
+        return *self.solver.split(members1), records, info
+
+    def attempt(self, t0, t1, y0, state, cache, made_jump):
+        y1, others, records, info = self._step(t0, t1, y0, state, cache, made_jump)
+        cache = records[-1].field if self.solver.shared_ends else None
+        error = self.solver.error(records)
+        return Attempt(y1, error, None, info, others, cache, diffrax.RESULTS.successful)
+
+    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
+        y1, others, records, info = self._step(t0, t1, y0, state, None, made_jump)
+        if not whole:
+            return Advance(y1, others)
+        return Advance(y1, others, self.solver.error(records), None, info)
+
+    def final_state(self, t, y, state):
+        return self.solver.refresh(self.terms, t, y, State(state, None), self.args)
+
+    def evaluations(self, t0, t1, y0, state, wanted):
+        whole = jax.eval_shape(lambda: State(state, self.cache(t0, y0, state)))
+        return of_solver(self.solver, self.terms, self.args, t0, t1, y0, whole, wanted)
+
+
+class SolverStepper(AbstractStepper):
+    """Any other diffrax solver, through its own `step`."""
+
+    solver: diffrax.AbstractSolver
+    terms: PyTree[diffrax.AbstractTerm]
+    args: Any
+
+    def state(self, passed):
+        return jax.tree.map(jnp.asarray, passed)
+
+    def settled(self, t0, y0, state):
+        if not self._has_last_stage(state):
+            return state
+        # Where one lane begins, or begins anew, diffrax evaluates the first stage in all. In the others
+        # that is not the value handed over: an implicit stage knows it to a tolerance only.
+        _, f0 = state
+        cast = lambda f, like: jnp.asarray(f, like.dtype)
+        f0 = jax.tree.map(cast, self.solver.func(self.terms, t0, y0, self.args), f0)
+        return jnp.array(False), f0
+
+    def _has_last_stage(self, state: PyTree[Array]) -> bool:
+        """Whether the state is the last, implicit stage of a step (or says that there is none yet)."""
+        # A wrapper is also an instance, as diffrax sees it, of what it wraps.
+        kind = type(self.solver)
+        implicit = issubclass(kind, diffrax.AbstractImplicitSolver)
+        return implicit and issubclass(kind, diffrax.AbstractRungeKutta) and state is not None
+
+    def cache(self, t, y, state):
+        return None
+
+    def _step(self, t0, t1, y0, state, made_jump):
+        if made_jump is not False and self._has_last_stage(state):
+            fresh = self.settled(t0, y0, state)
+            state = jax.tree.map(lambda a, b: jnp.where(made_jump, a, b), fresh, state)
+            made_jump = False
+        return self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump)
+
+    def attempt(self, t0, t1, y0, state, cache, made_jump):
+        y1, y_error, dense_info, state, result = self._step(t0, t1, y0, state, made_jump)
+        ks = heuristics.stages(dense_info)
+        return Attempt(y1, y_error, ks, dense_info, state, None, result)
+
+    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
+        y1, y_error, dense_info, state, _ = self._step(t0, t1, y0, state, made_jump)
+        if not whole:
+            return Advance(y1, state)
+        return Advance(y1, state, y_error, heuristics.stages(dense_info), dense_info)
+
+    def final_state(self, t, y, state):
+        return state
+
+    def evaluations(self, t0, t1, y0, state, wanted):
+        return of_solver(self.solver, self.terms, self.args, t0, t1, y0, state, wanted)
+
+
+def stepper_for(
+    solver: diffrax.AbstractSolver, terms: PyTree[diffrax.AbstractTerm], args: Any, t0, t1, y0
+) -> AbstractStepper:
+    """Chooses how the solver is run."""
+    tableau = explicit_rk.tableau_of(solver)
+    if tableau is None:
+        return SolverStepper(solver, terms, args)
+    carries = tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
+    return UnrolledStepper(solver, terms, args, tableau, carries)
+
+
+def _dense(y0, y1, ks):
+    return dict(y0=y0, y1=y1, k=jax.tree.map(lambda *k: jnp.stack(k), *ks))

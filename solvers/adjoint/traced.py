@@ -1,0 +1,328 @@
+"""A diffrax solve, traced: what the forward and backward loops of an adjoint run on.
+
+diffrax hands an adjoint its terms, solver, controller and first state. Here these become a few closed
+functions of one lane (`hoist`) and a record of arrays to start from, and nothing else: the loops of
+`forward` and `replay` know no diffrax.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from nde.solvers.adjoint.noise import Noise, noise_of, with_terms
+from nde.solvers.adjoint.stepper import AbstractStepper
+from nde.solvers.estimates.estimates import Judge, Judged
+from nde.solvers.lanes.closures import Hoisted, Pool
+from nde.solvers.lanes.primitives import Batch
+
+
+class Start(NamedTuple):
+    """Where the loop begins. Only `y` and `state` may carry a gradient."""
+
+    y: PyTree[Array]
+    state: PyTree[Array]
+    made_jump: Array
+    tprev: Array
+    tnext: Array
+    t1: Array
+    controller_state: PyTree[Array]
+    result: Array
+    ts: tuple[Array, ...]  # one per `SubSaveAt` that is filled in the loop
+
+
+class Step(NamedTuple):
+    """What one attempt leads to, in one lane; the state is that of a step which is accepted."""
+
+    keep: Array
+    y: PyTree[Array]
+    state: PyTree[Array]
+    cache: PyTree[Array]
+    made_jump: Array
+    tprev: Array
+    tnext: Array
+    controller_state: PyTree[Array]
+    result: Array
+    dense_info: PyTree[Array]
+    judged: Judged | None
+
+
+@dataclass(frozen=True, eq=False)
+class Save:
+    """One `SubSaveAt`, as far as it is filled inside the loop.
+
+    Rows are written in the order of time: after `offset` rows (the one at t0), save time i of a lane
+    that has accepted k steps before goes to row `offset + i + k // every`.
+    """
+
+    rows: int
+    offset: int
+    times: int
+    every: int  # every so many steps; 0: not
+    at_time: Hoisted | None  # (t0, t1, dense_info, t) -> output
+    at_step: Hoisted | None  # (t, y) -> output
+    plain: bool  # y itself
+    out: PyTree[jax.ShapeDtypeStruct]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether outputs can be pulled back without knowing the state: y itself, at steps."""
+        return self.at_time is None and self.plain
+
+    def row(self, index: Array, accepted: Array) -> Array:
+        return self.offset + index + (accepted // self.every if self.every else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """The closed functions of a solve, and what is known about it before any number is."""
+
+    pool: Pool
+    stepper: AbstractStepper  # for tracing, and for what is known of it beforehand
+    memory: Hoisted | None  # t -> memory of the noise; None where no path remembers
+    draw: Hoisted | None  # (t0, t1, memory) -> (increments, memory)
+    attempt: Hoisted  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Step
+    advance: Hoisted  # (y, inner, t0, t1, made_jump) -> (y, inner, dense_info, judged)
+    cache: Hoisted  # (t, y, state) -> cache
+    saves: tuple[Save, ...]
+    uniform: bool  # steps are never rejected: all lanes stand at the same step
+    jumps: bool  # the field may jump between steps
+    hands_over: bool  # the cache is part of the solution, and differentiated
+    increments: PyTree[jax.ShapeDtypeStruct]  # of the remembering paths over one step
+    knowing: Callable[[PyTree], AbstractStepper]  # the stepper, told those; for tracing only
+    judged: Judged | None  # the dtypes of a step's estimates, if there are any
+
+    def memory_of(self, consts: list[Array], batch: Batch, t0: Array) -> PyTree[Array]:
+        """A memory of the noise for every lane."""
+        return () if self.memory is None else batch.per_lane(self.memory)(consts, t0)
+
+    def drawing(self, consts: list[Array], batch: Batch):
+        """The function that draws a step's increments: (t0, t1, memory) -> (increments, memory)."""
+        if self.draw is None:
+            return lambda t0, t1, memory: ((), memory)
+        draw = batch.per_lane(self.draw)
+        return lambda t0, t1, memory: draw(consts, t0, t1, memory)
+
+    def inner(self, state: PyTree[Array], cache: PyTree[Array]) -> PyTree[Array]:
+        """What `advance` needs besides y, of what travels from step to step."""
+        return (state, cache) if self.hands_over else state
+
+    def differentiable(self) -> set[int]:
+        """The constants that the solution depends on, and not only its steps."""
+        functions = [self.advance, self.cache]
+        for save in self.saves:
+            functions += [f for f in (save.at_time, save.at_step) if f is not None]
+        return {i for f in functions for i in f.uses}
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """One attempt, and one step of the solution, of one lane: what `trace` turns into `Hoisted`."""
+
+    stepper: AbstractStepper
+    controller: diffrax.AbstractStepSizeController
+    noise: Noise | None
+    judge: Judge | None
+    jumps: bool
+    dense: bool  # outputs fall inside steps
+    rounds: bool  # the end of a step may be moved to where the noise is found cheaply
+    hands_over: bool
+
+    def knowing(self, increments: PyTree) -> AbstractStepper:
+        """The stepper, told the increments of the remembering paths."""
+        if self.noise is None:
+            return self.stepper
+        return with_terms(self.stepper, self.noise.known(increments))
+
+    def attempt(
+        self, y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state, x
+    ) -> Step:
+        """Tries a step; the controller says whether it is kept, and what comes next."""
+        made_jump = made_jump if self.jumps else False
+        tried = self.knowing(x).attempt(tprev, tnext, y, state, cache, made_jump)
+        finite = all_finite(tried.y1)
+        guess, y_error = _guarded(y, tried.y1, tried.y_error, finite)
+        order: Any = self.stepper.solver.error_order(self.stepper.terms)
+        keep, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
+            tprev, tnext, y, guess, self.stepper.args, y_error, order, controller_state
+        )
+        t = jnp.minimum(t, t1)
+        t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, keep)
+        if self.noise is not None and self.rounds:
+            t_end = jnp.where(t_end == t1, t1, self.noise.round_end(t, t_end))
+        solver_result = diffrax.RESULTS.where(keep, tried.result, diffrax.RESULTS.successful)
+        ok = solver_result == diffrax.RESULTS.successful
+        result = diffrax.RESULTS.where(ok, result, solver_result)
+        # An infinite or undefined state is never a solution, even where no error estimate objects.
+        result = jnp.where(
+            jnp.asarray(keep) & ~finite, code(diffrax.RESULTS.nonfinite), code(result)
+        )
+        judged = None
+        if self.judge is not None:
+            # Written as in the controller: the compiler sees one error norm where there are two.
+            guess = jax.tree.map(lambda a, b: jnp.where(jnp.isnan(b).any(), a, b), y, guess)
+            error = self.judge.in_units(y_error, y, guess)
+            judged = self.judge(tprev, tnext, y, error, tried.ks)
+        return Step(
+            jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
+            t, t_end, controller_state, result, tried.dense_info if self.dense else None,
+            judged,
+        )  # fmt: skip
+
+    def advance(self, y, inner, t0, t1, made_jump, x):
+        """The part of a step to differentiate."""
+        state, cache = inner if self.hands_over else (inner, None)
+        made_jump, whole = made_jump if self.jumps else False, self.dense or self.judge is not None
+        out = self.knowing(x).advance(t0, t1, y, state, made_jump, whole, cache)
+        judged = None
+        if self.judge is not None:
+            error = self.judge.in_units(out.y_error, y, out.y1)
+            judged = self.judge(t0, t1, y, error, out.ks)
+        inner = (out.state, out.cache) if self.hands_over else out.state
+        return out.y1, inner, out.dense_info if self.dense else None, judged
+
+
+def trace(
+    stepper: AbstractStepper,
+    controller: diffrax.AbstractStepSizeController,
+    saveat: diffrax.SaveAt,
+    init_state: Any,
+    start: Start,
+    fresh_jumps: bool,
+    judge: Judge | None,
+) -> Traced:
+    """Traces a solve at the shapes of `start`."""
+    uniform, jumps = _controller_habits(stepper, controller, start)
+    jumps = jumps or fresh_jumps
+    subs = inner_saves(saveat, init_state)
+    dense = any(sub.ts is not None for sub, _ in subs)
+    whole = dense or judge is not None
+    if uniform and not whole:
+        stepper = stepper.bare()
+    hands_over = whole and not jumps and stepper.hands_over()
+    tprev, tnext = start.tprev, start.tnext
+    noise = noise_of(stepper, tprev, tnext, start.y, start.state)
+    rounds = not uniform and not _must_hit(controller)
+    steps = _Steps(stepper, controller, noise, judge, jumps, dense, rounds, hands_over)
+
+    pool, memory, draw, increments = Pool(), None, None, ()
+    if noise is not None:
+        memory = pool.hoist(lambda t: noise.init(), tprev)
+        draw = pool.hoist(noise.draw, tprev, tnext, memory.out)
+        increments = draw.out[0]
+    cache = pool.hoist(stepper.cache, tprev, start.y, start.state)
+    attempt = pool.hoist(
+        steps.attempt, start.y, start.state, cache.out, start.made_jump, tprev, tnext, start.t1,
+        start.t1, start.controller_state, increments,
+    )  # fmt: skip
+    inner = (start.state, cache.out) if hands_over else start.state
+    advance = pool.hoist(steps.advance, start.y, inner, tprev, tnext, start.made_jump, increments)
+    *_, info, judged = advance.out
+    saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
+    return Traced(
+        pool, stepper, memory, draw, attempt, advance, cache, saves, uniform, jumps, hands_over,
+        increments, steps.knowing, judged,
+    )  # fmt: skip
+
+
+def code(result: Any) -> Array:
+    """A `diffrax.RESULTS` as an array."""
+    return jnp.asarray(jax.tree.leaves(result)[0])
+
+
+def from_code(result: Array) -> Any:
+    """An array as a `diffrax.RESULTS`."""
+    return jax.tree.unflatten(jax.tree.structure(diffrax.RESULTS.successful), [result])
+
+
+def is_sub(x: Any) -> bool:
+    return isinstance(x, diffrax.SubSaveAt)
+
+
+def saves(saveat: diffrax.SaveAt, state: Any) -> list[tuple[diffrax.SubSaveAt, Any]]:
+    """Every `SubSaveAt` with its output buffers in diffrax's state."""
+    subs, tree = jax.tree.flatten(saveat.subs, is_leaf=is_sub)
+    return list(zip(subs, tree.flatten_up_to(state.save_state), strict=True))
+
+
+def is_inner(sub: diffrax.SubSaveAt) -> bool:
+    """Whether outputs fall inside the loop; those at t0 and t1 are made around it."""
+    return sub.ts is not None or sub.steps != 0
+
+
+def inner_saves(saveat: diffrax.SaveAt, state: Any) -> list[tuple[diffrax.SubSaveAt, Any]]:
+    return [(sub, saved) for sub, saved in saves(saveat, state) if is_inner(sub)]
+
+
+def _trace_save(pool, stepper, sub, saved, start, info) -> Save:
+    output = lambda t, y: sub.fn(t, y, stepper.args)
+    evaluate = lambda t0, t1, info, t: output(
+        t, stepper.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
+    )
+    at_time = None
+    if sub.ts is not None:
+        at_time = pool.hoist(evaluate, start.tprev, start.tnext, info, start.t1)
+    looked_at = (pool if sub.steps else Pool()).hoist(output, start.tprev, start.y)
+    at_step, plain = looked_at if sub.steps else None, not looked_at.computes
+    out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), saved.ys)
+    times = 0 if sub.ts is None else len(sub.ts)
+    return Save(saved.ts.shape[0], int(sub.t0), times, int(sub.steps), at_time, at_step, plain, out)
+
+
+def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
+    """Whether the controller never rejects a step, and whether it can announce a jump."""
+    habits = []
+
+    def adapt(t0, t1, y, controller_state):
+        keep, _, _, made_jump, *_ = controller.adapt_step_size(
+            t0, t1, y, y, stepper.args, y, 1.0, controller_state
+        )
+        habits.append((keep is True, made_jump is not False))
+
+    jax.eval_shape(adapt, start.tprev, start.tnext, start.y, start.controller_state)
+    return habits[0]
+
+
+def _must_hit(controller: diffrax.AbstractStepSizeController) -> bool:
+    """Whether the controller aims at times that its steps must meet."""
+    if not isinstance(controller, diffrax.ClipStepSizeController):
+        return False
+    times = (controller.step_ts, controller.jump_ts)
+    return any(x is not None for x in times) or _must_hit(controller.controller)
+
+
+def all_finite(y: PyTree[Array]) -> Array:
+    """Whether every number is."""
+    finite = jnp.array(True)
+    for x in jax.tree.leaves(y):
+        finite &= jnp.all(jnp.isfinite(x))
+    return finite
+
+
+def _guarded(y0, y1, y_error, finite):
+    """The candidate and its error as a controller can use them.
+
+    A trial state that overflows would make the next step size NaN; an infinite error makes it small.
+    """
+    if y_error is None:
+        return y1, None
+    finite &= all_finite(y_error)
+    guess = jax.tree.map(lambda a, b: jnp.where(finite, a, b), y1, y0)
+    return guess, jax.tree.map(lambda e: jnp.where(finite, e, np.inf), y_error)
+
+
+def end_floor(t1: Array) -> Array:
+    """About 100 spacings before t1: a step that ends beyond it ends on t1 (as in diffrax)."""
+    return t1 - 100 * (t1 - jnp.nextafter(t1, jnp.full_like(t1, -jnp.inf)))
+
+
+def _clip_to_end(tprev: Array, tnext: Array, t1: Array, floor: Array, keep) -> Array:
+    """Never stops just short of t1: there an accepted step ends on t1, a retried one half-way."""
+    half = tprev + 0.5 * (t1 - tprev)
+    end = jnp.where(jnp.asarray(keep) | (half <= tprev), t1, half)
+    return jnp.where(tnext > floor, end, tnext)

@@ -1,0 +1,1 @@
+"""The solver's own error and stiffness estimates."""

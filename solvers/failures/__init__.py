@@ -1,0 +1,1 @@
+"""Why a solve failed."""

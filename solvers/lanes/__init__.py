@@ -1,0 +1,1 @@
+"""Batches of solves as lanes of one program."""

@@ -1,0 +1,1 @@
+"""Explicit solvers: Runge-Kutta, stochastic Runge-Kutta."""

@@ -1,0 +1,1 @@
+"""Reversible solvers: every step can be undone."""
