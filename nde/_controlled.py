@@ -1,4 +1,4 @@
-"""What the models driven by a control path share: their numerics, their checks and the solve.
+"""What the models driven by a control path share: their interface, their checks and the solve.
 
     dz = F(z) dX,        F(z) of shape (state, channels), X a path of `nde.paths`.
 
@@ -6,6 +6,7 @@ Where X is smooth this is the ODE dz/dt = F(z) X'(t). Where its derivative jumps
 ends at each knot and takes increments of X: no stage of a step can see the piece after it.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from nde._protocol import Rates, check_spacing, check_state, check_times
-from nde._run import run
+from nde._inputs import applied, check_real, check_state, check_times
+from nde._model import AbstractModel
+from nde._solve import Rates, Stepping, in_one_precision, solve
+from nde._times import check_spacing
 from nde.paths import AbstractControl
 from nde.solvers.adjoint.traced import end_floor
-from nde.solvers.inputs import check_count, check_tolerances, is_traced
+from nde.solvers.inputs import check_count, is_traced
 
 
 class KnotSteps(diffrax.AbstractStepSizeController):
@@ -65,60 +68,135 @@ class KnotSteps(diffrax.AbstractStepSizeController):
         return here + share * (following - here)
 
 
+class AbstractCDE(AbstractModel):
+    """Anything that is solved as dz = matrix(t, z, args) dX and read out.
+
+    Args:
+        causal: Whether to refuse paths that look ahead: for outputs along the series that must not
+            know its future.
+        steps_per_interval: Steps of equal length from each knot of the path to the next; `None`
+            leaves the steps to `stepsize_controller`, and ends one at each knot where the
+            derivative of the path jumps.
+    """
+
+    causal: bool = eqx.field(default=False, kw_only=True, static=True)
+    steps_per_interval: int | None = eqx.field(default=1, kw_only=True, static=True)
+
+    def __check_init__(self):
+        if self.steps_per_interval is not None:
+            hint = ", or None to let `stepsize_controller` choose the steps"
+            check_count("steps_per_interval", self.steps_per_interval, hint)
+
+    @abstractmethod
+    def matrix(self, control: AbstractControl) -> Callable:
+        """The vector field, `matrix(t, z, args) -> (state, channels)`, for paths such as this one."""
+
+    @abstractmethod
+    def initial_state(self, x: Float[Array, " channels"]) -> Float[Array, " state"]:
+        """The hidden state at the first value of a path, `path.start`."""
+
+    @abstractmethod
+    def read(self, z: Float[Array, " state"], control: AbstractControl) -> PyTree[Array]:
+        """The output of a hidden state."""
+
+    def __call__(self, control: AbstractControl, args: PyTree[Any] = None) -> PyTree[Array]:
+        """The output at the end of the path."""
+        states: Any = self.solve(control, args=args).ys
+        return self.read(states[-1], control)
+
+    def trajectory(
+        self,
+        control: AbstractControl,
+        ts: Float[Array, " times"] | None = None,
+        args: PyTree[Any] = None,
+    ) -> PyTree[Array]:
+        """The outputs at `ts`, shape (times, ...); `None`: at the observations, or at the ends of the
+        windows of log-signatures.
+
+        In the padding of a series the last output repeats.
+        """
+        check_control(control, self.causal)
+        states = self.solve(control, control.times if ts is None else ts, args).ys
+        return jax.vmap(lambda z: self.read(z, control))(states)
+
+    def solve(
+        self,
+        control: AbstractControl,
+        ts: Float[Array, " times"] | None = None,
+        args: PyTree[Any] = None,
+        *,
+        integrand: Callable | None = None,
+        throw: bool = True,
+    ) -> diffrax.Solution:
+        """The same solve with its `.stats` and `.result`; `.ys` are the hidden states.
+
+        Args:
+            control: Path of the data, from `nde.paths`.
+            ts: Times, shape (times,), inside the path and ordered; `None`: the end alone.
+            args: Passed to the vector field.
+            integrand: `integrand(t, z, args)`, arrays of any shape. `.ys` is then a pair, of the states
+                and of its integral.
+            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf at `ts`
+                that were not reached, and with `ts=None` the state where the solve stopped.
+
+        Raises:
+            ValueError: if the path does not fit the model, `ts` is outside the data, or the last step
+                is too short for the precision of the times (inside `jax.jit`, a RuntimeError).
+        """
+        check_control(control, self.causal)
+        z0 = self.initial_state(control.start)
+        return solve_cde(self, control, z0, ts, args, integrand=integrand, throw=throw)
+
+
 def solve_cde(
-    model: Any,
-    matrix: Callable,
+    model: AbstractCDE,
     control: AbstractControl,
     z0: Float[Array, " state"],
     ts: Float[Array, " times"] | None,
     args: PyTree[Any],
     *,
+    integrand: Callable | None = None,
     throw: bool,
 ) -> diffrax.Solution:
     """Check the input and solve dz = matrix(t, z, args) dX over the whole path.
 
     `.ys` is the state at `ts`, shape (times, state), or at the end alone, shape (1, state).
-    `model` has the numerics of `nde._protocol.AbstractODE`, and `steps_per_interval`.
     """
     check_state(z0)
-    dtype = max(control.ts.dtype, z0.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
-    control, z0 = jax.tree.map(lambda x: _cast(x, dtype), (control, z0))
-    check_tolerances(model.stepsize_controller, z0)
-    check_matrix(matrix, control, z0, args)
     if ts is not None:
-        check_times(ts, None)
+        check_times(ts)
         check_spacing("ts", ts)
-        ts = ts.astype(dtype)
         _check_inside(ts, control)
-    controller, max_steps = stepping(model, control)
-    if controller is not model.stepsize_controller:  # steps end at the knots
+    control, z0, ts = in_one_precision(control, z0, ts)
+    matrix = model.matrix(control)
+    check_matrix(matrix, control, z0, args)
+    steps = stepping(model, control)
+    if steps.stepsize_controller is not model.stepsize_controller:  # steps end at the knots
         z0 = _check_last_step(z0, control.ts, model.steps_per_interval or 1)
     term = diffrax.ControlTerm(Rates(matrix), control)
-    return run(
+    return solve(
         model,
         term.to_ode() if control.smooth else term,
+        z0,
         t0=control.t0,
         t1=control.t1,
-        dt0=None if model.steps_per_interval else model.dt0,
-        y0=z0,
         args=args,
-        saveat=diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts),
-        stepsize_controller=controller,
-        max_steps=max_steps,
+        saveat=diffrax.SubSaveAt(t1=True) if ts is None else diffrax.SubSaveAt(ts=ts),
+        stepping=steps,
+        integrand=integrand,
         throw=throw,
     )
 
 
-def stepping(
-    model: Any, control: AbstractControl
-) -> tuple[diffrax.AbstractStepSizeController, int | None]:
+def stepping(model: AbstractCDE, control: AbstractControl) -> Stepping:
     """How long the steps are, and how many there can be."""
     intervals = control.ts.shape[0] - 1
     if model.steps_per_interval is not None:
-        return KnotSteps(control.ts, model.steps_per_interval), model.steps_per_interval * intervals
+        knots = KnotSteps(control.ts, model.steps_per_interval)
+        return Stepping(knots, None, model.steps_per_interval * intervals)
     controller, max_steps = model.stepsize_controller, model.max_steps
     if control.smooth:
-        return controller, max_steps
+        return Stepping(controller, model.dt0, max_steps)
     if not isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
         raise ValueError(
             f"`stepsize_controller` is {type(controller).__name__}, but the derivative of the path "
@@ -130,14 +208,8 @@ def stepping(
             f"`max_steps` is {max_steps} but a step ends at each of the {intervals} knots of the "
             f"path; give at least {4 * intervals}."
         )
-    return diffrax.ClipStepSizeController(controller, step_ts=control.ts), max_steps
-
-
-def check_steps(steps_per_interval: int | None) -> None:
-    """A positive integer, or None."""
-    if steps_per_interval is not None:
-        hint = ", or None to let `stepsize_controller` choose the steps"
-        check_count("steps_per_interval", steps_per_interval, hint)
+    clipped = diffrax.ClipStepSizeController(controller, step_ts=control.ts)
+    return Stepping(clipped, model.dt0, max_steps)
 
 
 def check_control(control: AbstractControl, causal: bool) -> None:
@@ -178,19 +250,15 @@ def check_matrix(
 ) -> None:
     """`matrix(t, z, args)` has a row per entry of the state and a column per channel."""
     channels = jax.eval_shape(control.evaluate, control.t0).shape[0]
-    try:
-        shape = eqx.filter_eval_shape(matrix, control.t0, z0, args).shape
-    except (TypeError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"`vector_field` cannot be applied to a state of shape {z0.shape}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    columns = applied("vector_field", matrix, control.t0, z0, args)
+    shape = jax.tree.map(jnp.shape, columns)
     if shape != (*z0.shape, channels):
         raise ValueError(
             f"`vector_field` returned shape {shape}, but the state has shape {z0.shape} and the "
             f"path has {channels} channels; return {(*z0.shape, channels)}. The time, and counts, "
             "are channels of the path."
         )
+    check_real("vector_field", columns)
 
 
 def _check_last_step(
@@ -234,7 +302,3 @@ def _check_inside(ts: Float[Array, " times"], control: AbstractControl) -> None:
             f"{known[1]}: outside the data nothing drives the model. Leave these times out, or "
             "append a row of NaN at the last one to the series."
         )
-
-
-def _cast(x: Any, dtype: jnp.dtype) -> Any:
-    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x

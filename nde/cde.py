@@ -26,18 +26,17 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from nde._controlled import check_control, check_steps, initial_of, solve_cde
-from nde._protocol import AbstractODE, check_callable
+from nde._controlled import AbstractCDE, check_control, initial_of, solve_cde
+from nde._inputs import check_callable
 from nde.paths import AbstractControl
 
 __all__ = ["NeuralCDE"]
 
 
-class NeuralCDE(AbstractODE):
+class NeuralCDE(AbstractCDE):
     """One path in, one output out; `jax.vmap` over paths is the batch. See the module for the
     equation.
 
@@ -75,12 +74,9 @@ class NeuralCDE(AbstractODE):
     vector_field: Callable | Sequence[Callable]
     initial: Callable | Sequence[Callable]
     readout: Callable = lambda z: z
-    causal: bool = eqx.field(default=False, kw_only=True, static=True)
-    steps_per_interval: int | None = eqx.field(default=1, kw_only=True, static=True)
     solver: diffrax.AbstractSolver = eqx.field(default=diffrax.Heun(), kw_only=True)
 
     def __check_init__(self):
-        check_steps(self.steps_per_interval)
         fields, initials = self._layers()
         if len(fields) != len(initials) or not fields:
             raise ValueError(
@@ -92,56 +88,19 @@ class NeuralCDE(AbstractODE):
             check_callable("initial", initial, "(x)")
         check_callable("readout", self.readout, "(z)")
 
-    def __call__(self, control: AbstractControl, args: PyTree[Any] = None) -> PyTree[Array]:
-        """The output at the end of the path."""
-        states: Any = self.solve(control, args=args).ys
-        return self.read(states[-1], control)
-
-    def trajectory(
-        self,
-        control: AbstractControl,
-        ts: Float[Array, " times"] | None = None,
-        args: PyTree[Any] = None,
-    ) -> PyTree[Array]:
-        """The outputs at `ts`, shape (times, ...); `None`: at the observations.
-
-        In the padding of a series the last output repeats.
-        """
-        check_control(control, self.causal)
-        states = self.solve(control, control.times if ts is None else ts, args).ys
-        return jax.vmap(lambda z: self.read(z, control))(states)
-
-    def solve(
-        self,
-        control: AbstractControl,
-        ts: Float[Array, " times"] | None = None,
-        args: PyTree[Any] = None,
-        *,
-        throw: bool = True,
-    ) -> diffrax.Solution:
-        """The same solve with its `.stats` and `.result`; `.ys` are the hidden states of all
-        layers.
-
-        Args:
-            control: Path of the data, from `nde.paths`.
-            ts: Times, shape (times,), inside the path and ordered; `None`: the end alone.
-            args: Passed to the vector field.
-            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf at `ts`
-                that were not reached, and with `ts=None` the state where the solve stopped.
-
-        Raises:
-            ValueError: if the path does not fit the model, `ts` is outside the data, or the last step
-                is too short for the precision of the times (inside `jax.jit`, a RuntimeError).
-        """
-        check_control(control, self.causal)
-        z0 = self.initial_state(control.start)
-        return solve_cde(self, self._matrix(control), control, z0, ts, args, throw=throw)
+    def matrix(self, control: AbstractControl) -> Callable:
+        """The vector field of all layers together, `matrix(t, z, args) -> (state, channels)`."""
+        fields, _ = self._layers()
+        if len(fields) == 1:
+            return fields[0]
+        sizes = self._sizes(control)
+        return Stacked(fields, tuple(sum(sizes[:k]) for k in range(1, len(sizes))))
 
     def initial_state(self, x: Float[Array, " channels"]) -> Float[Array, " state"]:
         """The hidden states of all layers at the first value of a path, `path.start`."""
         return jnp.concatenate(self._initial_states(x))
 
-    def advance(
+    def continue_from(
         self, z: Float[Array, " state"], control: AbstractControl, args: PyTree[Any] = None
     ) -> Float[Array, " state"]:
         """The hidden states at the end of a path, from those at its beginning.
@@ -151,8 +110,7 @@ class NeuralCDE(AbstractODE):
         the whole series.
         """
         check_control(control, self.causal)
-        matrix = self._matrix(control)
-        states: Any = solve_cde(self, matrix, control, z, None, args, throw=True).ys
+        states: Any = solve_cde(self, control, z, None, args, throw=True).ys
         return states[-1]
 
     def read(self, z: Float[Array, " state"], control: AbstractControl) -> PyTree[Array]:
@@ -175,17 +133,18 @@ class NeuralCDE(AbstractODE):
     def _sizes(self, control: AbstractControl) -> list[int]:
         return [z.shape[0] for z in eqx.filter_eval_shape(self._initial_states, control.start)]
 
-    def _matrix(self, control: AbstractControl) -> Callable:
-        """The vector field of all layers together, `matrix(t, z, args)`."""
-        fields, _ = self._layers()
-        if len(fields) == 1:
-            return fields[0]
-        ends = [sum(self._sizes(control)[: k + 1]) for k in range(len(fields))]
 
-        def matrix(t, z, args):
-            rows = []
-            for field, part in zip(fields, jnp.split(z, ends[:-1]), strict=True):
-                rows.append(field(t, part, args) @ rows[-1] if rows else field(t, part, args))
-            return jnp.concatenate(rows)
+class Stacked(eqx.Module):
+    """The fields of several layers as one: the state of each drives the next."""
 
-        return matrix
+    fields: tuple[Callable, ...]
+    ends: tuple[int, ...] = eqx.field(static=True)  # of all layers but the last, in the state
+
+    def __call__(
+        self, t: Float[Array, ""], z: Float[Array, " state"], args: PyTree[Any]
+    ) -> Float[Array, "state channels"]:
+        """A row per entry of the state, a column per channel of the path."""
+        rows = []
+        for field, part in zip(self.fields, jnp.split(z, self.ends), strict=True):
+            rows.append(field(t, part, args) @ rows[-1] if rows else field(t, part, args))
+        return jnp.concatenate(rows)

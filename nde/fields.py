@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from nde._protocol import check_callable, check_key
+from nde._inputs import check_callable, check_key
 from nde.solvers.inputs import check_count
 
 __all__ = ["Batched", "MLPField", "MatrixField"]
@@ -34,8 +34,8 @@ class MLPField(eqx.Module):
         out_size: Channels of the output, shape (out_size,); `None` is `size`, a vector field.
             Another number makes the network a term inside known equations (see `nde.HybridODE`).
         time: Whether t is an input. Scale the times of the data to order one.
-        context: Channels of `args`, an array of shape (context,) that is an input; 0 ignores
-            `args`.
+        context: Channels of `args`, an array of shape (context,) that is an input; with 0
+            there must be none.
         activation: Of the hidden layers. Smooth.
         final_activation: Of the output, before the scale.
         scale: Initial value of the learned scale, a number or an array of shape (out_size,).
@@ -101,6 +101,11 @@ class MLPField(eqx.Module):
         args: Float[Array, " context"] | None = None,
     ) -> Float[Array, " out_size"]:
         """The rate of change at time `t` and state `y`, shape (size,), in the context `args`."""
+        if args is not None and not self.context:
+            raise ValueError(
+                "`args` was given, but this MLPField takes no context and would never see it. Make it "
+                "with `context`, the number of entries of `args`, or leave `args` out."
+            )
         inputs = [self._checked("y0", y, self.size)]
         if self.time:
             inputs.append(jnp.asarray(t, dtype=y.dtype)[None])

@@ -26,13 +26,16 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from nde._protocol import AbstractODE, check_callable, check_context
+from nde._initial_value import AbstractODE
+from nde._inputs import check_callable
+from nde._solve import Rates
 from nde.fields import Batched
 from nde.solvers.inputs import is_traced
 
@@ -202,10 +205,20 @@ class HybridODE(AbstractODE):
                     'y, p, args: known(t, y, p | {"input": args}).'
                 )
             return self.known(t, y, parameters)
-        if self.combine is additive:
-            check_context("network", self.network, args)
         network = _absent if self.network is None else self.network
         return self.combine(self.known, network, t, y, parameters, args)
+
+    def terms(self) -> diffrax.ODETerm:
+        """dy/dt = vector_field(t, y, args)."""
+        return diffrax.ODETerm(Rates(self.vector_field))
+
+    def lift(self, y0: PyTree) -> PyTree:
+        """The state as it is given."""
+        return y0
+
+    def read(self, t: Float[Array, ""], y: PyTree, args: PyTree[Any]) -> PyTree:
+        """The state as it is."""
+        return y
 
     def physical_parameters(self) -> PyTree[Float[Array, "..."]]:
         """The parameters by name, in physical units and the shapes they were made with."""

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from nde._protocol import check_callable, check_key, check_times
+from nde._inputs import check_callable, check_key, check_times
 from nde._recurrence import by_platform, in_chunks, in_order, product
 from nde.solvers.inputs import check_count, is_traced
 
@@ -294,7 +294,7 @@ def check_step(step: Callable, block: int) -> None:
 
 def check_series(ts: Array, ys: Array, channels: int) -> None:
     """One series of at least two finite rows of `channels` values, in order."""
-    check_times(ts, None)
+    check_times(ts)
     if ts.shape[0] < 2:
         raise ValueError(
             "`ts` has one time; a linear CDE is driven by increments, so give at least two rows. "

@@ -17,7 +17,6 @@ Reference:  Log neural controlled differential equations (2024) | arXiv:2402.185
             Neural rough differential equations for long time series (2021) | arXiv:2009.08295
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,14 +26,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from nde._controlled import check_control, check_steps, initial_of, solve_cde
-from nde._protocol import AbstractODE, check_callable
-from nde.paths import LogSignaturePath, lyndon_words
+from nde._controlled import AbstractCDE, initial_of
+from nde._inputs import check_callable
+from nde.paths import AbstractControl, LogSignaturePath, lyndon_words
 
 __all__ = ["LogNeuralCDE"]
 
 
-class LogNeuralCDE(AbstractODE):
+class LogNeuralCDE(AbstractCDE):
     """One path of log-signatures in, one output out; `jax.vmap` over paths is the batch. See the
     module for the equation.
 
@@ -72,88 +71,52 @@ class LogNeuralCDE(AbstractODE):
     initial: Callable
     readout: Callable = lambda z: z
     brackets: bool = eqx.field(default=True, kw_only=True, static=True)
-    causal: bool = eqx.field(default=False, kw_only=True, static=True)
-    steps_per_interval: int | None = eqx.field(default=1, kw_only=True, static=True)
     solver: diffrax.AbstractSolver = eqx.field(default=diffrax.Bosh3(), kw_only=True)
 
     def __check_init__(self):
-        check_steps(self.steps_per_interval)
         check_callable("vector_field", self.vector_field, "(t, z, args)")
         check_callable("initial", self.initial, "(x)")
         check_callable("readout", self.readout, "(z)")
 
-    def __call__(self, control: LogSignaturePath, args: PyTree[Any] = None) -> PyTree[Array]:
-        """The output at the end of the path."""
-        states: Any = self.solve(control, args=args).ys
-        return self.readout(states[-1])
-
-    def trajectory(
-        self,
-        control: LogSignaturePath,
-        ts: Float[Array, " times"] | None = None,
-        args: PyTree[Any] = None,
-    ) -> PyTree[Array]:
-        """The outputs at `ts`, shape (times, ...); `None`: at the ends of the windows."""
-        check_log_signatures(control)
-        states = self.solve(control, control.times if ts is None else ts, args).ys
-        return jax.vmap(self.readout)(states)
-
-    def solve(
-        self,
-        control: LogSignaturePath,
-        ts: Float[Array, " times"] | None = None,
-        args: PyTree[Any] = None,
-        *,
-        throw: bool = True,
-    ) -> diffrax.Solution:
-        """The same solve with its `.stats` and `.result`; `.ys` are the hidden states.
-
-        Args:
-            control: Log-signatures of the data, from `nde.paths.log_signature`.
-            ts: Times, shape (times,), inside the path and ordered; `None`: the end alone. The
-                equation follows the data at the ends of the windows.
-            args: Passed to the vector field.
-            throw: Whether a failed solve raises. If not, look at `.result`: `.ys` is inf at `ts`
-                that were not reached, and with `ts=None` the state where the solve stopped.
-
-        Raises:
-            ValueError: if the path does not fit the model, `ts` is outside the data, or the last step
-                is too short for the precision of the times (inside `jax.jit`, a RuntimeError).
-        """
-        check_log_signatures(control)
-        check_control(control, self.causal)
-        z0 = initial_of(self.initial, control.start)
-        matrix = self.vector_field
-        if self.brackets and control.depth == 2:
-            matrix = functools.partial(_with_brackets, self.vector_field)
-        elif self.brackets and control.depth > 2:
+    def matrix(self, control: AbstractControl) -> Callable:
+        """The columns of the field, with their brackets where the path has them."""
+        if not isinstance(control, LogSignaturePath):
+            raise ValueError(
+                f"`control` is a {type(control).__name__}; make log-signatures of the path first: "
+                "nde.paths.log_signature(path, window=32, depth=2)."
+            )
+        if not self.brackets or control.depth == 1:
+            return self.vector_field
+        if control.depth > 2:
             raise ValueError(
                 f"`control` has log-signatures of depth {control.depth}, but brackets are computed "
                 "up to depth 2. Use log_signature(..., depth=2), or brackets=False."
             )
-        return solve_cde(self, matrix, control, z0, ts, args, throw=throw)
+        return Bracketed(self.vector_field)
+
+    def initial_state(self, x: Float[Array, " channels"]) -> Float[Array, " hidden"]:
+        """The hidden state at the first value of the data, `path.start`."""
+        return initial_of(self.initial, x)
+
+    def read(self, z: Float[Array, " hidden"], control: AbstractControl) -> PyTree[Array]:
+        """The output of a hidden state."""
+        return self.readout(z)
 
 
-def check_log_signatures(control: Any) -> None:
-    """`control` is made by `log_signature`."""
-    if not isinstance(control, LogSignaturePath):
-        raise ValueError(
-            f"`control` is a {type(control).__name__}; make log-signatures of the path first: "
-            "nde.paths.log_signature(path, window=32, depth=2)."
-        )
+class Bracketed(eqx.Module):
+    """The columns F_i of a field, then [F_i, F_j] for i < j in the order of `lyndon_words`."""
 
+    vector_field: Callable
 
-def _with_brackets(
-    vector_field: Callable, t: Float[Array, ""], z: Float[Array, " hidden"], args: PyTree[Any]
-) -> Float[Array, "hidden coordinates"]:
-    """The columns F_i, then [F_i, F_j] for i < j in the order of `lyndon_words`."""
-    columns, push = jax.linearize(lambda z: vector_field(t, z, args), z)
-    # along[i, :, j] = DF_j F_i: one product per channel moves all columns.
-    along = jax.vmap(push, in_axes=1)(columns)
-    channels = columns.shape[1]
-    pairs = [word for word in lyndon_words(channels, 2) if len(word) == 2]
-    if not pairs:  # one channel commutes with itself
-        return columns
-    first, second = (jnp.array(side) for side in zip(*pairs, strict=True))
-    brackets = along[first, :, second] - along[second, :, first]
-    return jnp.concatenate([columns, brackets.T], axis=1)
+    def __call__(
+        self, t: Float[Array, ""], z: Float[Array, " hidden"], args: PyTree[Any]
+    ) -> Float[Array, "hidden coordinates"]:
+        """One Jacobian-vector product per channel moves all columns."""
+        columns, push = jax.linearize(lambda z: self.vector_field(t, z, args), z)
+        along = jax.vmap(push, in_axes=1)(columns)  # along[i, :, j] = DF_j F_i
+        pairs = [word for word in lyndon_words(columns.shape[1], 2) if len(word) == 2]
+        if not pairs:  # one channel commutes with itself
+            return columns
+        first, second = (jnp.array(side) for side in zip(*pairs, strict=True))
+        brackets = along[first, :, second] - along[second, :, first]
+        return jnp.concatenate([columns, brackets.T], axis=1)

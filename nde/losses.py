@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from nde._protocol import check_callable
+from nde._inputs import check_callable
 
 __all__ = ["growing_horizon", "log_mse", "mse", "trajectory"]
 

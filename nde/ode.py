@@ -16,12 +16,14 @@ Reference:  Neural Ordinary Differential Equations (2018) | arXiv:1806.07366
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from nde._protocol import AbstractODE
+from nde._initial_value import AbstractODE
+from nde._solve import Rates
 from nde.solvers.inputs import check_count
 
 __all__ = ["NeuralODE"]
@@ -58,6 +60,10 @@ class NeuralODE(AbstractODE):
 
     def __check_init__(self):
         check_count("augment", self.augment, ", the number of channels", least=0)
+
+    def terms(self) -> diffrax.ODETerm:
+        """dy/dt = f(t, y, args)."""
+        return diffrax.ODETerm(Rates(self.vector_field))
 
     def lift(self, y0: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
         """y0 with the appended channels."""

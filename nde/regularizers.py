@@ -41,7 +41,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from nde._protocol import AbstractODE, Rates, check_key, checked, solve_ode
+from nde._initial_value import AbstractODE, checked, solve_from
+from nde._inputs import check_key
+from nde._solve import Rates
 from nde.solvers import DiscreteAdjoint, Estimates, WithEstimates
 from nde.solvers.inputs import check_count, tolerances
 
@@ -155,7 +157,7 @@ def local(
     check_key(key)
     if not biased and isinstance(model.stepsize_controller, diffrax.StepTo):
         raise ValueError("`stepsize_controller` is StepTo, with times of its own; use biased=True.")
-    ts, y0 = checked(ts, y0, model.dt0)
+    ts, y0 = checked(model, ts, y0)
     draw = _drawn_step if biased else _drawn_time
     solution, t, t_end, y = draw(model, ts, y0, args, key)
     usable = diffrax.is_okay(solution.result) & (solution.stats["num_accepted_steps"] > 0)
@@ -209,7 +211,7 @@ def steer(
     check_key(key)
     if width is not None and not width > 0:
         raise ValueError(f"`width` is {width}; it must be positive, in the unit of `ts`.")
-    ts, y0 = checked(ts, y0, model.dt0)
+    ts, y0 = checked(model, ts, y0)
     if ts.shape[0] < 2:
         raise ValueError(
             f"`ts` has shape {ts.shape}; `steer` moves the second time and later ones."
@@ -251,18 +253,31 @@ def kinetic(
         jacobian: Weight of the Jacobian norm.
     """
     check_key(key)
-    ts, y0 = checked(ts, y0, model.dt0)
+    ts, y0 = checked(model, ts, y0)
     leaves, tree = jax.tree.flatten(model.lift(y0))
     keys = jax.random.split(key, len(leaves))
     noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     noise = jax.tree.unflatten(tree, noise)
 
-    def integrand(t, y, args):
-        rate, pull = jax.vjp(lambda y: Rates(model.vector_field)(t, y, args), y)
-        (product,) = pull(noise)
-        return energy * _mean_square(rate) + jacobian * _mean_square(product)
-
+    integrand = _Kinetic(model.vector_field, _direction(ts), noise, energy, jacobian)
     return _integrated(model, ts, y0, args, integrand)
+
+
+class _Kinetic(eqx.Module):
+    """The integrand of `kinetic`. Like every integrand a Module, so that a call after the first is not
+    compiled anew."""
+
+    vector_field: Callable
+    direction: Float[Array, ""]
+    noise: PyTree[Float[Array, "..."]]
+    energy: float
+    jacobian: float
+
+    def __call__(self, t: Array, y: PyTree[Array], args: PyTree[Any]) -> Float[Array, ""]:
+        rate, pull = jax.vjp(lambda y: Rates(self.vector_field)(t, y, args), y)
+        (product,) = pull(self.noise)
+        terms = self.energy * _mean_square(rate) + self.jacobian * _mean_square(product)
+        return self.direction * terms
 
 
 def taylor(
@@ -290,15 +305,24 @@ def taylor(
     del key
     check_count("order", order, ", usually 2, 3 or 4")
 
-    def integrand(t, y, args):
-        flow = lambda t, y: (jnp.ones_like(t), Rates(model.vector_field)(t, y, args))
+    integrand = _Taylor(model.vector_field, _direction(ts), order)
+    return _integrated(model, ts, y0, args, integrand)
+
+
+class _Taylor(eqx.Module):
+    """The integrand of `taylor`."""
+
+    vector_field: Callable
+    direction: Float[Array, ""]
+    order: int = eqx.field(static=True)
+
+    def __call__(self, t: Array, y: PyTree[Array], args: PyTree[Any]) -> Float[Array, ""]:
+        flow = lambda t, y: (jnp.ones_like(t), Rates(self.vector_field)(t, y, args))
         derivative = flow
-        for _ in range(order - 1):
+        for _ in range(self.order - 1):
             # Along a solution, d/dt of D(t, y) is its derivative in the direction (1, f).
             derivative = lambda t, y, D=derivative: jax.jvp(D, (t, y), flow(t, y))[1]
-        return _mean_square(derivative(t, y)[1])
-
-    return _integrated(model, ts, y0, args, integrand)
+        return self.direction * _mean_square(derivative(t, y)[1])
 
 
 def exponential_decay(start: float, end: float, steps: int) -> Callable[[Array], Array]:
@@ -340,11 +364,16 @@ def _stiffness(model: Any, solution: diffrax.Solution) -> Float[Array, ""]:
     return solution.stats["stiffness_estimate"]
 
 
-def _integrated(model: AbstractODE, ts, y0, args, integrand: Callable) -> Penalized:
-    # In the direction of the solve, so that the integral of a failed one is inf either way.
-    direction = _direction(ts)
-    forward = lambda *where: direction * integrand(*where)
-    solution: Any = solve_ode(model, ts, y0, args, throw=False, integrand=forward)
+def _integrated(
+    model: AbstractODE,
+    ts: Float[Array, " times"],
+    y0: PyTree[Array],
+    args: PyTree[Any],
+    integrand: Callable,
+) -> Penalized:
+    """The solution, and the integral to its end; `integrand` is in the direction of the solve, so that
+    the integral of a failed one is inf either way."""
+    solution: Any = model.solve(ts, y0, args, integrand=integrand, throw=False)
     return eqx.tree_at(lambda s: s.ys, solution, solution.ys[0]), solution.ys[1][-1]
 
 
@@ -357,7 +386,7 @@ def _mean_square(tree: PyTree[Array]) -> Float[Array, ""]:
 def _drawn_step(model: AbstractODE, ts, y0, args, key):
     """The solution, and the start, end and first state of one of its steps, each as likely."""
     also = diffrax.SubSaveAt(t0=True, steps=True)
-    solution: Any = solve_ode(model, ts, y0, args, throw=False, also=also)
+    solution: Any = solve_from(model, ts, y0, args, throw=False, also=also)
     steps = jnp.maximum(solution.stats["num_accepted_steps"], 1)
     j = jax.random.randint(key, (), 0, steps)
     (_, times), (_, states) = solution.ts, solution.ys
@@ -368,7 +397,7 @@ def _drawn_time(model: AbstractODE, ts, y0, args, key):
     """The solution, a time between its ends, each as likely, the end, and the state there."""
     t = ts[0] + (ts[-1] - ts[0]) * jax.random.uniform(key, (), ts.dtype)
     also = diffrax.SubSaveAt(ts=t[None])
-    solution: Any = solve_ode(model, ts, y0, args, throw=False, also=also)
+    solution: Any = solve_from(model, ts, y0, args, throw=False, also=also)
     return _first(solution), t, ts[-1], jax.tree.map(lambda x: x[0], solution.ys[1])
 
 

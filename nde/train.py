@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from nde._protocol import check_callable, check_instance, check_key
+from nde._inputs import check_callable, check_instance, check_key
 from nde._training.batching import ArrayBatches, Batch, IteratorBatches, as_integer, make_batches
 from nde._training.history import History, NonFiniteError, Reports
 from nde._training.step import initial_state, leaf_paths, make_step, strongly_typed

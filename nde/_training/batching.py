@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
-from nde._protocol import check_spacing
+from nde._times import check_spacing
 from nde._training.history import NonFiniteError
 
 

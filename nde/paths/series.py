@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from nde._protocol import check_spacing
+from nde._times import check_spacing
 from nde.solvers.inputs import is_traced
 
 __all__ = ["PaddedSeries", "pad_series"]

@@ -39,7 +39,7 @@ class Stream(eqx.Module):
         >>> stream = nde.paths.Stream(t, x)
         >>> z = model.initial_state(stream.start)
         >>> stream, path = stream.append(t, x)      # the next observation
-        >>> z = model.advance(z, path)
+        >>> z = model.continue_from(z, path)
     """
 
     t: Float[Array, ""]

@@ -29,10 +29,10 @@ from nde.solvers.adjoint.traced import (
     saves,
 )
 from nde.solvers.estimates.estimates import Judged
+from nde.solvers.lanes import primitives as lanes
 from nde.solvers.lanes.donors import rejoined, separated
 from nde.solvers.lanes.outside_loop import differentiated
 from nde.solvers.lanes.primitives import Batch, Slot
-from nde.solvers.lanes import primitives as lanes
 
 _DIFFERENTIABLE = ("y", "state", "saved_ys", "judged")
 _ROWED = ("saved_ts", "saved_ys", "judged")

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from nde.solvers.adjoint.forward import masked
+from nde.solvers.lanes import primitives as lanes
 from nde.solvers.lanes.closures import Hoisted, Pool
 from nde.solvers.lanes.donors import cleared, donors, rejoined, separated
 from nde.solvers.lanes.primitives import Batch, Slot
-from nde.solvers.lanes import primitives as lanes
 
 
 def differentiated(

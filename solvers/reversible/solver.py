@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from equinox import AbstractClassVar
 from jaxtyping import PyTree
 
-from nde.solvers.reversible.coupling import Coupling, Members, Pull, Record, Rewind, Step
 from nde.solvers.reversible import coupling
+from nde.solvers.reversible.coupling import Coupling, Members, Pull, Record, Rewind, Step
 
 
 class State(NamedTuple):

@@ -152,7 +152,7 @@ SOLVES = [
     (45, lambda: mlp(key=jax.random.split(KEY)), ["`key`", "(2,)", "jax.random.key(0)"]),
     (54, lambda: solve(vector_field=mlp(context=3)), ["`args`", "(3,)", "time is not a channel"]),
     (54, lambda: solve(vector_field=mlp(), args=Y0), ["`args`", "no context", "never see it"]),
-    (54, lambda: HybridODE(decay, mlp(), {})(TS, Y0, Y0), ["`args`", "`network`", "no context"]),
+    (54, lambda: HybridODE(decay, mlp(), {})(TS, Y0, Y0), ["`args`", "MLPField", "no context"]),
     (54, lambda: mlp(scale=np.ones(3)), ["`scale` has shape (3,)", "(2,)"]),
     (None, lambda: solve(y0={"a": Y0}, augment=1), ["`y0`", "`augment`", "(channels,)"]),
     (None, lambda: HybridODE(None, None, {}), ["`known` is None", "(t, y, parameters)"]),

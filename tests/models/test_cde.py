@@ -218,7 +218,7 @@ def test_one_observation_at_a_time_gives_the_states_of_the_whole_series(interpol
     @jax.jit
     def observe(stream, z, t, y):
         stream, piece = stream.append(t, y)
-        return stream, model.advance(z, piece), piece
+        return stream, model.continue_from(z, piece), piece
 
     np.testing.assert_allclose(z, expected[0], atol=1e-10)
     for t, y, state in zip(TIMES[1:], GAPS[1:], expected[1:], strict=True):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import nde
-from nde import _run
+from nde import _solve
 from nde.solvers import SolveError
 from nde.train import NonFiniteError
 
@@ -58,7 +58,7 @@ def test_a_failed_solve_says_why(row, model, ts, kind, cause, message):
 @pytest.mark.parametrize("kind", [HEALTHY, UNDEFINED])
 def test_a_solve_that_does_not_raise_is_not_looked_at(kind, monkeypatch):
     """Neither one that succeeds, nor one that is asked not to raise."""
-    monkeypatch.setattr(_run, "diagnose", None)
+    monkeypatch.setattr(_solve, "diagnose", None)
     sol = ADAPTIVE.solve(TS, Y0, kind, throw=False)
     assert (sol.result == dfx.RESULTS.successful) == (kind == HEALTHY)
     if kind == HEALTHY:

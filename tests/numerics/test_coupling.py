@@ -16,12 +16,12 @@ from jaxtyping import Array, PyTree
 from problems import PROBLEMS, terms
 from sweeps import sweep
 
+from nde.solvers.reversible import coupling
 from nde.solvers.reversible.coupling import Coupling, Step
 from nde.solvers.reversible.ees import EES25, EES27
 from nde.solvers.reversible.leapfrog import AsynchronousLeapfrog
 from nde.solvers.reversible.mccallum_foster import Reversible
 from nde.solvers.reversible.reversible_heun import ReversibleHeun
-from nde.solvers.reversible import coupling
 from nde.solvers.reversible.symplectic import StormerVerlet, Yoshida4
 
 LANES = 2
