@@ -6,6 +6,7 @@ A new model is one row of `MODELS`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ def test_a_solve_says_what_it_did(name):
     case = MODELS[name]
     solution = case.make().solve(*case.inputs(jnp.float64), **options(case), throw=False)
     assert solution.stats["nfe"] >= solution.stats["num_accepted_steps"] > 0
-    assert bool(solution.result == type(solution.result).successful)
+    assert bool(diffrax.is_okay(solution.result))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -146,7 +147,7 @@ def test_a_model_comes_back_from_a_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_prints_in_few_lines(name):
-    assert len(repr(MODELS[name].make()).splitlines()) < 70
+    assert len(repr(MODELS[name].make()).splitlines()) < 100
 
 
 MISTAKES = {
