@@ -16,6 +16,10 @@ from nde.cde import NeuralCDE as NeuralCDE
 from nde.hybrid import HybridODE as HybridODE
 from nde.linear_cde import LinearCDE as LinearCDE
 from nde.log_cde import LogNeuralCDE as LogNeuralCDE
+from nde.mechanics import HamiltonianODE as HamiltonianODE
+from nde.mechanics import LagrangianODE as LagrangianODE
+from nde.mechanics import PortHamiltonianODE as PortHamiltonianODE
+from nde.mechanics import SecondOrderODE as SecondOrderODE
 from nde.ode import NeuralODE as NeuralODE
 
 if TYPE_CHECKING:
@@ -24,11 +28,15 @@ if TYPE_CHECKING:
     from nde.train import fit as fit
 
 __all__ = [
+    "HamiltonianODE",
     "HybridODE",
+    "LagrangianODE",
     "LinearCDE",
     "LogNeuralCDE",
     "NeuralCDE",
     "NeuralODE",
+    "PortHamiltonianODE",
+    "SecondOrderODE",
     "fields",
     "fit",
     "losses",

@@ -32,7 +32,7 @@ class AbstractODE(AbstractModel):
         """The equation, in the form that the solver takes."""
 
     @abstractmethod
-    def lift(self, y0: State) -> State:
+    def lift(self, t: Array, y0: State, args: PyTree[Any]) -> State:
         """The state that is solved for, from the one that is given."""
 
     @abstractmethod
@@ -91,7 +91,7 @@ def solve_from(
     that, and what `also` saves.
     """
     ts, y0 = checked(model, ts, y0)
-    y0 = model.lift(y0)
+    y0 = model.lift(ts[0], y0, args)
     check_vector_field(model.vector_field, ts[0], y0, args)
     outputs = diffrax.SubSaveAt(ts=ts, fn=model.read)
     return solve(

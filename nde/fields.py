@@ -11,6 +11,7 @@ saturated tanh does not learn.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from nde._inputs import check_callable, check_key
 from nde.solvers.inputs import check_count
 
-__all__ = ["Batched", "MLPField", "MatrixField"]
+__all__ = ["Batched", "MLPField", "MatrixField", "ScalarField"]
 
 
 class MLPField(eqx.Module):
@@ -157,6 +158,35 @@ class MatrixField(eqx.Module):
         return self.field(t, z, args).reshape(self.field.size, self.channels)
 
 
+class ScalarField(eqx.Module):
+    """A multilayer perceptron as a function of the state, `field(t, x, args) -> scalar`: an energy, a
+    potential. Unbounded: an `MLPField` with one output and no final tanh.
+
+    Args:
+        size: Entries of the state, shape (size,).
+        width, depth, key: As in `MLPField`.
+        options: Of `MLPField`: `time`, `context`, `activation`, `scale`, `last_layer_scale`.
+
+    Raises:
+        ValueError: as `MLPField`.
+    """
+
+    field: MLPField
+
+    def __init__(self, size: int, width: int, depth: int, *, key: PRNGKeyArray, **options: Any):
+        unbounded = {"out_size": 1, "final_activation": _same}
+        self.field = MLPField(size, width, depth, key=key, **(unbounded | options))
+
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        x: Float[Array, " size"],
+        args: Float[Array, " context"] | None = None,
+    ) -> Float[Array, ""]:
+        """The value at time `t` and state `x`."""
+        return self.field(t, x, args)[0]
+
+
 class Batched(eqx.Module):
     """A field of one example as the field of a batch that is solved as one state.
 
@@ -188,3 +218,7 @@ class Batched(eqx.Module):
             )
         axes = (None, 0, None if args is None else 0)
         return jax.vmap(self.field, in_axes=axes)(t, y, args)
+
+
+def _same(x: Array) -> Array:
+    return x

@@ -212,7 +212,7 @@ class HybridODE(AbstractODE):
         """dy/dt = vector_field(t, y, args)."""
         return diffrax.ODETerm(Rates(self.vector_field))
 
-    def lift(self, y0: PyTree) -> PyTree:
+    def lift(self, t: Float[Array, ""], y0: PyTree, args: PyTree[Any]) -> PyTree:
         """The state as it is given."""
         return y0
 

@@ -65,7 +65,9 @@ class NeuralODE(AbstractODE):
         """dy/dt = f(t, y, args)."""
         return diffrax.ODETerm(Rates(self.vector_field))
 
-    def lift(self, y0: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
+    def lift(
+        self, t: Array, y0: PyTree[Float[Array, "..."]], args: PyTree[Any]
+    ) -> PyTree[Float[Array, "..."]]:
         """y0 with the appended channels."""
         if not self.augment:
             return y0

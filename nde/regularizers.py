@@ -254,7 +254,7 @@ def kinetic(
     """
     check_key(key)
     ts, y0 = checked(model, ts, y0)
-    leaves, tree = jax.tree.flatten(model.lift(y0))
+    leaves, tree = jax.tree.flatten(model.lift(ts[0], y0, args))
     keys = jax.random.split(key, len(leaves))
     noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     noise = jax.tree.unflatten(tree, noise)

@@ -24,7 +24,7 @@ def test_is_the_network_of_the_docstring(time, context, scale):
     t, y, args = jnp.asarray(0.7), jnp.array([0.3, -0.2]), jnp.array([1.0, 2.0, -1.0])
     inputs = np.concatenate([y, *([t[None]] if time else []), *([args] if context else [])])
     expected = naive(field, inputs, scale)
-    np.testing.assert_allclose(field(t, y, args), expected, rtol=1e-13)
+    np.testing.assert_allclose(field(t, y, args if context else None), expected, rtol=1e-13)
 
 
 def test_last_layer_scale_zero_is_a_zero_field_that_learns():
