@@ -1,10 +1,4 @@
-"""Losses, and what a loss over trajectories needs: masks that are safe to differentiate, and a
-growing horizon.
-
-A mask says which entries count. A masked entry is replaced *before* the arithmetic: 0 * nan is nan,
-and so is its gradient. A mask without a true entry gives nan, which `nde.fit` reports: nothing to
-learn from must not look like a loss of zero.
-"""
+"""The loss of a model that is solved from the first observation of each series to the last."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,80 +7,11 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nde._inputs import check_callable
-
-__all__ = ["growing_horizon", "log_mse", "mse", "trajectory"]
-
-
-def mse(
-    prediction: Float[Array, "*shape"],
-    target: Float[Array, "*shape"],
-    mask: Bool[Array, "..."] | None = None,
-) -> Float[Array, ""]:
-    """Mean squared error.
-
-    Args:
-        prediction: Any shape.
-        target: The same shape.
-        mask: The entries that count: the leading axes of `prediction`, such as (examples, times).
-
-    Raises:
-        ValueError: if the shapes do not fit, or the mask is not boolean.
-    """
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"`prediction` has shape {prediction.shape} but `target` has shape {target.shape}; "
-            "give one target for every prediction."
-        )
-    if mask is None:
-        return jnp.mean((prediction - target) ** 2)
-    mask = _entries(mask, target)
-    error = jnp.where(mask, prediction, 0.0) - jnp.where(mask, target, 0.0)
-    return jnp.mean(error**2, where=mask)
-
-
-def log_mse(
-    prediction: Float[Array, "*shape"],
-    target: Float[Array, "*shape"],
-    mask: Bool[Array, "..."] | None = None,
-) -> Float[Array, ""]:
-    """Mean squared error of the logarithms: log-normal errors, for positive quantities over several
-    orders of magnitude.
-
-    Its square root is close to the typical relative error. Arguments and errors as in `mse`; a
-    prediction that is not positive gives nan.
-    """
-    if mask is not None:
-        prediction, target = (
-            jnp.where(_entries(mask, values), values, 1.0) for values in (prediction, target)
-        )
-    return mse(jnp.log(prediction), jnp.log(target), mask)
-
-
-def growing_horizon(
-    ts: Float[Array, " times"], fraction: ArrayLike
-) -> tuple[Float[Array, " times"], Bool[Array, " times"]]:
-    """The first `fraction` of a series at a fixed shape: the rest repeats the last time reached.
-
-    A model that is trained on all of an oscillating series at once settles on its mean. Trained on
-    a short beginning that grows, it follows the oscillation. The shape never changes, so nothing is
-    compiled again, and the solve ends at the horizon, so it costs what it covers.
-
-    Args:
-        ts: Times, shape (times,), ordered.
-        fraction: Of the intervals, in (0, 1]; may be traced. At least one interval is kept.
-
-    Returns:
-        The times to solve at, and the mask of those that count, both of shape (times,).
-    """
-    last = ts.shape[0] - 1
-    # Rounding up must not be undone by round-off: 0.1 * 50 is 5.000000001 in some precisions.
-    reached = jnp.ceil(jnp.asarray(fraction, dtype=float) * last - 1e-3)
-    reached = jnp.clip(reached.astype(int), min(1, last), last)
-    seen = jnp.arange(ts.shape[0]) <= reached
-    return jnp.where(seen, ts, ts[reached]), seen
+from nde.losses.horizon import growing_horizon
+from nde.losses.squared_error import broadcast_mask, mse
 
 
 def trajectory(
@@ -137,7 +62,7 @@ def trajectory(
     if horizon is not None:
         check_callable("horizon", horizon, "(step)")
         ts, seen = jax.vmap(growing_horizon, in_axes=(0, None))(ts, horizon(batch.step))
-        observed = observed & _entries(seen, observed)
+        observed = observed & broadcast_mask(seen, observed)
 
     def solve(ts, y0, key):
         if regularizer is None:
@@ -153,7 +78,7 @@ def trajectory(
     metrics: dict[str, Any] = {"failed": _mean(failed, batch.mask), "result": results}
     if "nfe" in stats:
         metrics["nfe"] = _mean(stats["nfe"], batch.mask)
-    mask = observed & _entries(counts, observed)
+    mask = observed & broadcast_mask(counts, observed)
     loss = error(predicted[:, 1:], ys[:, 1:], mask[:, 1:])
     if regularizer is not None:
         metrics["penalty"] = _mean(penalties, counts)
@@ -181,7 +106,7 @@ def _series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]
     padded = (ts[:, 1:] == ts[:, :-1]) & (ts[:, 1:] == ts[:, -1:])
     observed = jnp.pad(~padded, ((0, 0), (1, 0)), constant_values=True)
     if mask:
-        observed = _entries(observed, ys) & _entries(mask[0], ys)
+        observed = broadcast_mask(observed, ys) & broadcast_mask(mask[0], ys)
         ys = eqx.error_if(
             ys,
             ~jnp.all(observed[:, 0]),
@@ -190,22 +115,6 @@ def _series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]
             "to start from; or learn the start, with a loss of (model, y0).",
         )
     return ts, ys, observed
-
-
-def _entries(mask: Bool[Array, "..."], values: Array) -> Bool[Array, "..."]:
-    """A mask of leading axes as one of the shape of `values`."""
-    if mask.dtype != bool:
-        raise ValueError(
-            f"`mask` has dtype {mask.dtype}; a mask is boolean, True where an entry counts: "
-            "mask > 0. Weights need a loss of their own."
-        )
-    if mask.shape != values.shape[: mask.ndim]:
-        raise ValueError(
-            f"`mask` has shape {mask.shape} but the values have shape {values.shape}; "
-            f"a mask has the leading axes, {values.shape[: mask.ndim]}."
-        )
-    mask = jnp.expand_dims(mask, tuple(range(mask.ndim, values.ndim)))
-    return jnp.broadcast_to(mask, values.shape)
 
 
 def _mean(values: Array, mask: Bool[Array, " examples"]) -> Float[Array, ""]:
