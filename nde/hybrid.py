@@ -45,6 +45,11 @@ __all__ = ["Bounded", "Frozen", "HybridODE", "Positive", "additive"]
 class AbstractParameter(eqx.Module):
     """A physical parameter that is stored in other coordinates."""
 
+    def __repr__(self) -> str:
+        value = self.value
+        shown = eqx.tree_pformat(value) if is_traced(value) else str(value)
+        return f"{type(self).__name__}({shown})"
+
     @property
     @abstractmethod
     def value(self) -> Float[Array, "..."]:

@@ -237,7 +237,7 @@ def _check_alike(models: list[PyTree]) -> None:
             ) from None
         pairs = zip(jtu.tree_leaves_with_path(models[0]), jax.tree.leaves(model), strict=True)
         for (path, first), other in pairs:
-            if _form(first) != _form(other):
+            if not _is_same(first, other):
                 raise ValueError(
                     f"`make_model` made starts 0 and {number} with different "
                     f"`model{jtu.keystr(path)}`: {eqx.tree_pformat(first)} and "
@@ -246,15 +246,15 @@ def _check_alike(models: list[PyTree]) -> None:
                 )
 
 
-def _form(leaf: Any) -> Any:
-    """What starts have in common of a leaf."""
-    if eqx.is_array(leaf):
-        return leaf.shape, leaf.dtype
-    if isinstance(leaf, types.FunctionType):  # made again, it is the same if it holds nothing new
-        held = [cell.cell_contents for cell in leaf.__closure__ or ()]
-        held += [*(leaf.__defaults__ or ()), *(leaf.__kwdefaults__ or {}).values()]
-        return leaf.__code__, [id(value) for value in held]
-    return leaf
+def _is_same(first: Any, other: Any) -> bool:
+    """Whether two leaves differ in the values of an array at most."""
+    if eqx.is_array(first) and eqx.is_array(other):
+        return (first.shape, first.dtype) == (other.shape, other.dtype)
+    if isinstance(first, types.FunctionType) and isinstance(other, types.FunctionType):
+        # A function that is made again is the same if it holds no values of its own.
+        holds = first.__closure__ or first.__defaults__ or first.__kwdefaults__
+        return first is other or (not holds and first.__code__ == other.__code__)
+    return bool(first == other)
 
 
 def _train(
@@ -274,21 +274,19 @@ def _train(
     def arguments(state, index):
         return state, fixed, job.batches.payload(index), np.int32(index), job.key
 
-    began, first = time.perf_counter(), arguments(state, 0)
-    compiled = jax.jit(step).lower(*first).compile()
-    compile_seconds = time.perf_counter() - began
-
     reports, good = Reports(job.steps, job.progress), state
-    every = max(10, job.steps // 100)
+    every, compile_seconds = max(10, job.steps // 100), 0.0
     try:
+        began, first = time.perf_counter(), arguments(state, 0)
+        compiled = jax.jit(step).lower(*first).compile()
+        compile_seconds = time.perf_counter() - began
+        reports.begin()
         for index in range(job.steps):
             state, record = compiled(*(arguments(state, index) if index else first))
             reports.add(record)
             if index == 0 or (index + 1) % every == 0 or index + 1 == job.steps:
                 for report in reports.fetch():
-                    check_report(
-                        *report, params, job.batches.examples, min(job.max_skips, job.steps)
-                    )
+                    check_report(*report, params, job.batches, min(job.max_skips, job.steps))
                 good = state
     except (Exception, KeyboardInterrupt) as error:
         meant = plain(error)

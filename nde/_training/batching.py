@@ -8,34 +8,47 @@ would be neither. The permutation depends on the key and the epoch alone.
 
 import operator
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray, PyTree
 
-from nde._times import check_spacing
 from nde._training.history import NonFiniteError
 
 
-class Batch(NamedTuple):
-    """What a loss sees of the data at one step.
+class Batch(eqx.Module):
+    """What a loss sees of the data at one step. `Batch(data)` is data to evaluate a loss on, all of
+    which counts.
 
     Args:
         data: The user's PyTree; every leaf has shape (batch, ...).
         mask: Shape (batch,). False marks a copy that fills up the last batch of an epoch and must
             not count: a mean over examples is `sum(mask * loss) / sum(mask)`, as in
-            `nde.losses.mse(..., mask=batch.mask)`.
+            `nde.losses.mse(..., mask=batch.mask)`. Without one every example counts.
         step: Number of the training step, from 0, shape (). For schedules inside the loss: a
             horizon, a weight.
+
+    Raises:
+        ValueError: if `data` is not a PyTree of arrays of one length, and no mask is given.
     """
 
     data: PyTree[Any]
     mask: Bool[Array, " batch"]
     step: Int[Array, ""]
+
+    def __init__(
+        self,
+        data: PyTree[Any],
+        mask: Bool[Array, " batch"] | None = None,
+        step: Int[ArrayLike, ""] = 0,
+    ):
+        self.data = data
+        self.mask = jnp.ones(_check_examples(data), dtype=bool) if mask is None else mask
+        self.step = jnp.asarray(step)
 
 
 class ArrayBatches:
@@ -43,6 +56,8 @@ class ArrayBatches:
 
     `payload` runs on the host, `assemble` inside the compiled step.
     """
+
+    takes_gaps = False  # whether the loss was once finite on a batch that holds nan
 
     def __init__(self, data: PyTree, batch_size: int | None, key: PRNGKeyArray):
         self.size = _check_examples(data)
@@ -53,7 +68,7 @@ class ArrayBatches:
                     f"`batch_size` is {given!r} but the data has {self.size} examples; give an "
                     f"integer from 1 to {self.size}, or None for all of them at every step."
                 )
-        _check_finite(data)
+        self.gaps = _find_gaps(data)
         self.data = jax.tree.map(jnp.asarray, data)
         self.batch_size, self.key = batch_size, key
         self.batches = 1 if batch_size is None else -(-self.size // batch_size)
@@ -87,6 +102,14 @@ class ArrayBatches:
         order = np.asarray(self._shuffle(np.int32(epoch)))[: self.size]
         return order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
 
+    def gaps_of(self, step: int) -> str:
+        """Where the batch of `step` holds nan, for a report; empty where it does not."""
+        if not self.gaps or not any(
+            set(rows) & set(self.examples(step)) for rows in self.gaps.values()
+        ):
+            return ""
+        return _say_gaps(self.gaps, self.size)
+
     def _order(self, epoch: Int[Array, ""]) -> Int[Array, " padded"]:
         order = jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
         return jnp.resize(order, (self.batches * (self.batch_size or self.size),))
@@ -95,8 +118,11 @@ class ArrayBatches:
 class IteratorBatches:
     """Batches that the user makes: the first one sets the shape, a shorter one is filled up."""
 
+    takes_gaps = False
+
     def __init__(self, batches: Iterator):
         self.iterator, self.size, self.arrays, self.taken = batches, None, None, 0
+        self.gaps: dict[int, str] = {}  # of recent batches, by number
 
     def payload(self, step: int) -> PyTree[Array]:
         """The next batch, filled up to the size of the first, and its mask."""
@@ -111,7 +137,9 @@ class IteratorBatches:
         length = _check_examples(data)
         # An array on a device is looked at once: the next batches should not wait for it.
         looked_at = eqx.filter(data, lambda x: self.taken == 0 or isinstance(x, np.ndarray))
-        _check_finite(looked_at, f" of batch {self.taken}")
+        gaps = _find_gaps(looked_at, f" of batch {self.taken}")
+        if gaps:
+            self.gaps[step] = _say_gaps(gaps, length)
         self.taken += 1
         self.size = length if self.size is None else self.size
         if length > self.size:
@@ -138,6 +166,10 @@ class IteratorBatches:
     def examples(self, step: int) -> list[int]:
         """Unknown: the iterator does not number its examples."""
         return []
+
+    def gaps_of(self, step: int) -> str:
+        """Where the batch of `step` holds nan, for a report; empty where it does not. Asked once."""
+        return self.gaps.pop(step, "")
 
 
 def make_batches(
@@ -188,20 +220,34 @@ def _check_examples(data: PyTree) -> int:
     return size
 
 
-def _check_finite(data: PyTree, which: str = "") -> None:
-    """Raise if an array of the data holds nan or inf, with its path and the examples that do."""
+def _find_gaps(data: PyTree, which: str = "") -> dict[str, list[int]]:
+    """The examples that hold nan, by the name of the array. What is infinite is no data.
+
+    A loss may take nan for what was not observed: whether this one does, its value tells.
+    """
+    gaps = {}
     for path, leaf in jtu.tree_leaves_with_path(data):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        bad = ~np.isfinite(np.asarray(leaf)).reshape(leaf.shape[0], -1).all(axis=1)
-        if bad.any():
-            examples = np.flatnonzero(bad).tolist()
+        name, values = f"`data{jtu.keystr(path)}`{which}", np.asarray(leaf)
+        values = values.reshape(leaf.shape[0], -1)
+        if np.isinf(values).any():
+            examples = np.flatnonzero(np.isinf(values).any(axis=1)).tolist()
             raise NonFiniteError(
-                f"`data{jtu.keystr(path)}`{which} is not finite in {len(examples)} of {bad.size} "
-                f"examples: {some(examples)}. Leave them out, or fill them in and pass a mask as "
-                "another array of the data, for the loss to leave them out: (ts, ys, mask) with "
-                "nde.losses.trajectory."
+                f"{name} is infinite in {len(examples)} of {len(values)} examples: "
+                f"{some(examples)}. Leave them out; a value that was not observed is nan for a "
+                "loss that takes it, such as nde.losses.trajectory."
             )
+        if np.isnan(values).any():
+            gaps[name] = np.flatnonzero(np.isnan(values).any(axis=1)).tolist()
+    return gaps
+
+
+def _say_gaps(gaps: dict[str, list[int]], size: int) -> str:
+    return "; ".join(
+        f"{name} is nan in {len(rows)} of {size} examples: {some(rows)}"
+        for name, rows in gaps.items()
+    )
 
 
 def _check_numbers(name: str, leaf: Any) -> None:
@@ -216,24 +262,12 @@ def _check_numbers(name: str, leaf: Any) -> None:
     kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if kept == leaf.dtype:
         return
-    if _look_like_times(leaf):
-        check_spacing(name, leaf)
     if jnp.issubdtype(leaf.dtype, np.integer) and (leaf.astype(kept) != leaf).any():
         raise ValueError(
             f"`{name}` has dtype {leaf.dtype} and runs from {leaf.min()} to {leaf.max()}, which does "
             f"not fit into {kept}; subtract an offset, or allow 64 bits: "
             'jax.config.update("jax_enable_x64", True).'
         )
-
-
-def _look_like_times(leaf: Any) -> bool:
-    """Whether NumPy has them, in rows that do not turn."""
-    if not isinstance(leaf, np.ndarray) or leaf.ndim != 2 or leaf.shape[1] < 3:
-        return False
-    if not np.issubdtype(leaf.dtype, np.floating):
-        return False
-    steps = np.diff(leaf)
-    return bool(((steps >= 0).all(axis=1) | (steps <= 0).all(axis=1)).all())
 
 
 def some(examples: list[int]) -> str:

@@ -34,7 +34,7 @@ class History:
         return len(self.columns.get("loss", ()))
 
     def __repr__(self) -> str:
-        return f"History({len(self)} steps of {sorted(self.columns)})"
+        return self.summary()
 
     @property
     def seconds(self) -> float:
@@ -88,8 +88,14 @@ class Reports:
 
     def __init__(self, steps: int, progress: bool):
         self.pending, self.records, self.times = [], [], []
+        self.steps, self.progress, self.shown = steps, progress, None
         self.began = time.perf_counter()
-        self.shown = _progress(steps) if progress else None
+
+    def begin(self) -> None:
+        """Start the clock, and the progress on the screen."""
+        self.began = time.perf_counter()
+        if self.progress:
+            self.shown = _progress(self.steps)
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep the record of one more step, on the device."""

@@ -1,13 +1,14 @@
 """Whether a training run can go on, and what to say if it cannot."""
 
 from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from nde._training.batching import some
+from nde._training.batching import ArrayBatches, IteratorBatches, some
 from nde._training.history import MOST_FAILED, NonFiniteError
 from nde._training.step import leaf_paths, reasons
 from nde.solvers import SolveError
@@ -19,13 +20,12 @@ def check_report(
     step: int,
     record: dict[str, np.ndarray],
     params: PyTree,
-    examples: Callable[[int], list[int]],
+    batches: ArrayBatches | IteratorBatches,
     max_skips: int,
 ) -> None:
-    """Raise if the record of a step says that no start can go on.
-
-    `examples(step)`: the numbers of those in its batch, none where they have no numbers.
-    """
+    """Raise if the record of a step says that no start can go on."""
+    examples = batches.examples
+    _check_gaps(step, record, batches)
     _check_failed(step, record, examples)
     still = (record["gradient_norm"] == 0) & (record["loss"] != 0) & ~record["skipped"]
     if step == 0 and np.all(still):
@@ -57,6 +57,21 @@ def check_report(
     raise NonFiniteError(
         f"{what} is not finite at step {step}{where}, for {skips} steps in a row. The last good "
         f"model is in `error.model`. {advice}"
+    )
+
+
+def _check_gaps(step: int, record: dict[str, np.ndarray], batches: Any) -> None:
+    """Raise if the loss makes nothing of a batch that holds nan, and never did."""
+    gaps = batches.gaps_of(step)
+    if not gaps or batches.takes_gaps:
+        return
+    if not np.all(record["skipped"]):
+        batches.takes_gaps = True
+        return
+    raise NonFiniteError(
+        f"{gaps}, and the loss is not finite at step {step}, where they are in the batch. Leave them "
+        "out, or use a loss that takes nan for what was not observed, such as nde.losses.trajectory, "
+        "or fill them in and give a mask as another array of the data."
     )
 
 

@@ -35,14 +35,14 @@ def trajectory(
     Args:
         model: An ODE model: `model.solve(ts, y0, throw=False)`.
         batch: An `nde.train.Batch` whose data is `(ts, ys)`, shapes (examples, times) and
-            (examples, times, ...), or `(ts, ys, mask)` where values are missing: True where a value
-            counts, with the leading axes of `ys`. The first row is where the solve starts: it must
-            be complete (a value that was filled in counts there if it is good to start from). A
-            series that repeats its last time has ended there: that is how `nde.paths.pad_series` pads, and
-            the copies do not count.
+            (examples, times, ...), or `(ts, ys, mask)`: True where a value counts, with the leading
+            axes of `ys`. A value that is nan was not observed and does not count either. The first
+            row is where the solve starts: it must be complete (a value that was filled in counts
+            there if it is good to start from). A series that repeats its last time has ended there:
+            that is how `nde.paths.pad_series` pads, and the copies do not count.
         key: Of what the regularizer draws.
-        error: `error(prediction, target, mask) -> scalar`, with arrays (examples, times - 1, ...)
-            and a mask (examples, times - 1), of all axes if the data has a mask: `mse`, `log_mse`.
+        error: `error(prediction, target, mask) -> scalar`, with arrays and a mask of shape
+            (examples, times - 1, ...): `mse`, `log_mse`.
         horizon: `horizon(step) -> fraction` of the series to train on, see `growing_horizon`: any
             optax schedule.
         regularizer: One of `nde.regularizers`, to be added as its mean over the batch.
@@ -58,6 +58,11 @@ def trajectory(
         ValueError: for other data, and for a `horizon` that is not a function.
         RuntimeError: for an example whose first row is masked.
     """
+    if not hasattr(batch, "data"):
+        raise ValueError(
+            f"`batch` is {eqx.tree_pformat(batch)}; a loss takes a Batch of the data: "
+            "nde.train.Batch((ts, ys))."
+        )
     ts, ys, observed = _series(batch.data)
     if horizon is not None:
         check_callable("horizon", horizon, "(step)")
@@ -105,8 +110,9 @@ def _series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]
     ts, ys, *mask = data
     padded = (ts[:, 1:] == ts[:, :-1]) & (ts[:, 1:] == ts[:, -1:])
     observed = jnp.pad(~padded, ((0, 0), (1, 0)), constant_values=True)
+    observed = broadcast_mask(observed, ys) & ~jnp.isnan(ys)
     if mask:
-        observed = broadcast_mask(observed, ys) & broadcast_mask(mask[0], ys)
+        observed = observed & broadcast_mask(mask[0], ys)
         ys = eqx.error_if(
             ys,
             ~jnp.all(observed[:, 0]),

@@ -200,6 +200,11 @@ SOLVES = [
     (None, lambda: score((TIMES, YS, MASK.astype(int))), ["`mask`", "int64", "boolean"]),
     (None, lambda: score((TIMES, YS, MASK[:, 1:])), ["`mask`", "(4, 4)", "(4, 5)"]),
     (None, lambda: score((TIMES, YS), horizon=0.5), ["`horizon` is 0.5", "horizon(step)"]),
+    (
+        None,
+        lambda: nde.losses.trajectory(None, (TIMES, YS), KEY),
+        ["`batch` is (f64[4,5]", "nde.train.Batch((ts, ys))"],
+    ),
 ]
 
 SHAPES_AND_TYPES = {8, 10, 11, 12, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 34}
@@ -228,7 +233,8 @@ def fit(model=None, loss=loss, data=None, **options):
     return nde.fit(model, loss, data, **(standard | options))
 
 
-HOLE = {"x": np.ones((6, 3)), "y": np.where(np.arange(6) % 4 == 1, np.nan, 0.0)}
+HOLE = (np.ones((6, 3)), np.where(np.arange(6) % 4 == 1, np.nan, 0.0))
+INFINITE = (np.ones((6, 3)), np.where(np.arange(6) % 4 == 1, np.inf, 0.0))
 BATCH = (jnp.ones((4, 3)), jnp.zeros(4))
 LONGER = (jnp.ones((5, 3)), jnp.zeros(5))
 WIDER = (jnp.ones((4, 2)), jnp.zeros(4))
@@ -311,8 +317,9 @@ FITS = [
     (59, ValueError, {"optim": optax.adam}, ["`optim`", "optax.adam(1e-3)"]),
     (59, ValueError, {"optim": 1e-3}, ["`optim` is 0.001", "optax.adam(1e-3)"]),
     (59, ValueError, {"optim": optax.constant_schedule(1.0)}, ["`optim`", "optax.adam(1e-3)"]),
-    (60, NonFiniteError, {"data": HOLE}, ["data['y']", "2 of 6 examples", "[1, 5]"]),
-    (60, NonFiniteError, {"data": iter([HOLE])}, ["data['y']", "of batch 0", "[1, 5]"]),
+    (60, NonFiniteError, {"data": HOLE}, ["data[1]", "2 of 6 examples", "[1, 5]", "step 0"]),
+    (60, NonFiniteError, {"data": iter([HOLE] * 30)}, ["data[1]", "of batch 0", "[1, 5]"]),
+    (60, NonFiniteError, {"data": INFINITE}, ["data[1]", "infinite in 2 of 6 examples", "[1, 5]"]),
     (61, NonFiniteError, {"loss": not_finite}, ["value of the loss", "step 13", "[0, 1, 2"]),
     (61, NonFiniteError, {"loss": bad_gradient}, ["gradient of `model['w']`", "step 9"]),
     (61, NonFiniteError, {"optim": optax.sgd(jnp.inf)}, ["update of `model['w']`", "step 9"]),

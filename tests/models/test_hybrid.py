@@ -142,3 +142,10 @@ def test_a_hybrid_is_batched_as_a_whole():
     np.testing.assert_allclose(batched(TS, y0s)[:, 0], hybrid(TS, y0s[0]), atol=1e-8)
     grads = eqx.filter_grad(lambda m: m(TS, y0s).sum())(batched)
     assert all(np.all(g != 0) for g in jax.tree.leaves(grads))
+
+
+def test_a_parameter_prints_its_value():
+    assert repr(Positive(0.5)) == "Positive(0.5)"
+    assert repr(Bounded(np.array([0.25, 0.5]), 0.0, 1.0)) == "Bounded([0.25 0.5 ])"
+    assert repr(Frozen(9.81)) == "Frozen(9.81)"
+    jax.jit(lambda p: repr(p) == "Positive(f64[])" or 1 / 0)(Positive(0.5))

@@ -3,6 +3,7 @@
 import functools
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +123,18 @@ def test_trajectory_leaves_out_what_the_mask_of_the_data_leaves_out(channels):
     masked = Batch(data, jnp.ones(1, bool), jnp.asarray(0))
     value, _ = trajectory(decay(), masked, jax.random.key(0))
     np.testing.assert_allclose(value, np.mean(gaps(SERIES[0])[where] ** 2), rtol=1e-6)
+
+
+def test_trajectory_leaves_out_single_values_that_are_nan():
+    ts, ys = SERIES[0]
+    seen = RNG.uniform(size=ys.shape) > 0.4
+    seen[0] = True
+    data = (jnp.asarray(ts)[None], jnp.asarray(np.where(seen, ys, np.nan))[None])
+    value, gradient = eqx.filter_value_and_grad(
+        lambda model: trajectory(model, Batch(data), jax.random.key(0))[0]
+    )(decay())
+    np.testing.assert_allclose(value, np.mean(gaps(SERIES[0])[seen[1:]] ** 2), rtol=1e-6)
+    assert np.isfinite(gradient.parameters)
 
 
 def test_trajectory_does_not_start_from_what_was_not_observed():

@@ -73,6 +73,28 @@ def test_what_interrupts_the_training_brings_the_model_so_far(kind):
     np.testing.assert_allclose(caught.value.history["loss"], reference["loss"], rtol=1e-12)
 
 
+def test_an_interrupt_while_compiling_brings_the_model():
+    def loss(model, batch, key):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(START, loss)
+    assert caught.value.model["w"] is not None and len(caught.value.history) == 0
+
+
+def test_a_loss_that_takes_gaps_may_skip_a_step():
+    """Where a loss was finite on a batch with nan, a step that is not is one like any other."""
+    data = (DATA[0], DATA[1].at[3].set(np.nan))
+
+    def loss(model, batch, key):
+        seen = ~jnp.isnan(batch.data[1])
+        full = type(batch)((batch.data[0], jnp.where(seen, batch.data[1], 0.0)), seen, batch.step)
+        return squares(model, full, key) * jnp.where(batch.step == 5, jnp.nan, 1.0)
+
+    _, history = fit(START, loss, data)
+    np.testing.assert_array_equal(np.flatnonzero(history["skipped"]), [5])
+
+
 def test_a_step_that_breaks_is_reported_as_it_is():
     def loss(model, batch, key):
         return eqx.error_if(squares(model, batch, key), batch.step == 5, "broken")

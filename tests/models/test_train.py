@@ -163,10 +163,8 @@ def test_a_start_whose_solves_fail_is_not_the_best():
 
 
 def test_functions_of_the_starts_may_be_made_again():
-    rate = jnp.ones(())
-
     def make(key):
-        return nde.HybridODE(lambda t, y, p: -rate * p * y, None, jax.random.uniform(key))
+        return nde.HybridODE(lambda t, y, p: -p * y, None, jax.random.uniform(key))
 
     def loss(model, batch, key):
         return nde.losses.mse(
@@ -240,6 +238,18 @@ def test_numbers_of_steps_and_examples_may_be_integers_of_numpy_and_jax(integer)
     assert len(history) == 3
 
 
+def test_data_that_grow_are_data():
+    """Rounded to single precision, neighbours are equal; that matters for times alone."""
+    growth = 1 - np.exp(-np.linspace(0.0, 40.0, 30).reshape(10, 3))
+
+    def loss(model, batch, key):
+        return jnp.mean((model["w"][None] - batch.data) ** 2)
+
+    with jax.enable_x64(False):
+        _, history = fit({"w": jnp.zeros(3)}, loss, growth, optim=optax.sgd(jnp.float32(0.1)))
+    assert history["loss"][-1] < history["loss"][0]
+
+
 def test_weakly_typed_leaves_keep_their_type():
     trained, _ = fit({"w": jnp.zeros(3), "scale": jnp.asarray(1.0)}, steps=3)
     assert trained["scale"].dtype == jnp.float64
@@ -254,6 +264,7 @@ def test_summary_and_columns_tell_the_run():
     assert history["gradient_norm"][0] == pytest.approx(np.linalg.norm(gradient))
     text = history.summary()
     assert "12 steps" in text and f"{history['loss'][-1]:.4g}" in text
+    assert str(history) == repr(history) == text
     with pytest.raises(KeyError, match="`nfe` is not in the history"):
         history["nfe"]
 
