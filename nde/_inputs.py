@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from nde._times import check_kind
 from nde.solvers.inputs import check_count, check_tolerances, is_traced
 
 
@@ -56,8 +57,7 @@ def check_times(ts: Float[Array, " times"]) -> None:
             f"`ts` has shape {ts.shape}; one model call takes one series of at least one time, "
             "shape (times,). Use jax.vmap over the batch."
         )
-    if not jnp.issubdtype(ts.dtype, jnp.floating):
-        raise ValueError(f"`ts` has dtype {ts.dtype}; times are floating: ts.astype(float).")
+    check_kind("ts", ts)
     if is_traced(ts):
         return
     times = np.asarray(ts)
@@ -82,7 +82,7 @@ def check_first_step(ts: Float[Array, " times"], dt0: ArrayLike | None) -> None:
     """`dt0`: a step that moves the first time, towards the last."""
     if dt0 is None or is_traced(ts, dt0):
         return
-    times, dt0 = np.asarray(ts), float(dt0)
+    times, dt0 = np.asarray(ts), float(np.asarray(dt0))
     t0, span = times[0], times[-1] - times[0]
     if span == 0:
         return
@@ -153,7 +153,7 @@ def check_vector_field(
 
 
 def applied(
-    name: str, field: Callable, t: Float[Array, ""], y: PyTree[Array], args: PyTree[Any]
+    name: str, field: Callable, t: ArrayLike, y: PyTree[Array], args: PyTree[Any]
 ) -> PyTree[Any]:
     """The shapes of field(t, y, args), or what is wrong with the call."""
     try:

@@ -247,10 +247,11 @@ class LinearCDE(eqx.Module):
         Args:
             ts: Times, shape (times,), at least two, not decreasing. A series that ends early
                 repeats its last time and value: the output does not change.
-            ys: Values at `ts`, without gaps.
+            ys: Values at `ts`, without gaps: `nde.paths.fill_gaps(ts, ys)`.
 
         Raises:
             ValueError: if the series does not fit the model, or is not finite or not in order.
+            RuntimeError: for the same numbers inside a transformation.
         """
         ts, xs = self._driven(ts, ys)
         return self.readout(self.layers[-1].last(ts, xs))
@@ -264,7 +265,7 @@ class LinearCDE(eqx.Module):
 
     def _driven(self, ts, ys):
         """The times, and what drives the last layer."""
-        check_series(ts, ys, self.channels)
+        ts, ys = check_series(ts, ys, self.channels)
         dtype = self.readout.weight.dtype
         # Times are made relative before they lose precision.
         ts, xs = (ts - ts[0]).astype(dtype), ys.astype(dtype)
@@ -292,8 +293,10 @@ def check_step(step: Callable, block: int) -> None:
         )
 
 
-def check_series(ts: Array, ys: Array, channels: int) -> None:
-    """One series of at least two finite rows of `channels` values, in order."""
+def check_series(
+    ts: Float[Array, " times"], ys: Float[Array, "times channels"], channels: int
+) -> tuple[Float[Array, " times"], Float[Array, "times channels"]]:
+    """The series, if it has at least two finite rows of `channels` values, in order."""
     check_times(ts)
     if ts.shape[0] < 2:
         raise ValueError(
@@ -309,14 +312,18 @@ def check_series(ts: Array, ys: Array, channels: int) -> None:
             "per time, without the time. Use jax.vmap over the batch, or make the model with "
             "another `channels`."
         )
+    if is_traced(ts):
+        in_order = jnp.isfinite(ts).all() & (jnp.diff(ts) >= 0).all()
+        ts = eqx.error_if(ts, ~in_order, "`ts` must be finite, and must not decrease.")
     # NumPy reads the ends: under `jit` even a slice of a known array is not known.
-    if not is_traced(ts) and np.asarray(ts)[-1] < np.asarray(ts)[0]:
+    elif np.asarray(ts)[-1] < np.asarray(ts)[0]:
         raise ValueError(
             f"`ts` runs backward, from {ts[0]} to {ts[-1]}; reverse it (and the data with it)."
         )
-    if not is_traced(ys) and not np.isfinite(np.asarray(ys)).all():
+    fill = "fill gaps first: nde.paths.fill_gaps(ts, ys)."
+    if is_traced(ys):
+        ys = eqx.error_if(ys, ~jnp.isfinite(ys).all(), f"`ys` must be finite; {fill}")
+    elif not np.isfinite(np.asarray(ys)).all():
         row, channel = (int(i) for i in np.argwhere(~np.isfinite(np.asarray(ys)))[0])
-        raise ValueError(
-            f"`ys` is {ys[row, channel]} at time {row}, channel {channel}; fill gaps first, by the "
-            "last value or by interpolation."
-        )
+        raise ValueError(f"`ys` is {ys[row, channel]} at time {row}, channel {channel}; {fill}")
+    return ts, ys

@@ -11,7 +11,7 @@ once, `paths = jax.vmap(hermite_cubic)(ts, ys, lengths)`, and batch, index and s
 from nde.paths.control import AbstractControl, ControlPath
 from nde.paths.interpolation import hermite_cubic, linear, natural_cubic, rectilinear
 from nde.paths.logsignature import LogSignaturePath, log_signature, lyndon_words
-from nde.paths.series import PaddedSeries, pad_series
+from nde.paths.series import PaddedSeries, fill_gaps, pad_series
 from nde.paths.stream import Stream
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "LogSignaturePath",
     "PaddedSeries",
     "Stream",
+    "fill_gaps",
     "hermite_cubic",
     "linear",
     "log_signature",

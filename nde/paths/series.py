@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from nde._times import check_spacing
+from nde._times import check_kind, check_spacing
 from nde.solvers.inputs import is_traced
 
-__all__ = ["PaddedSeries", "pad_series"]
+__all__ = ["PaddedSeries", "fill_gaps", "pad_series"]
 
 
 class PaddedSeries(NamedTuple):
@@ -35,6 +35,11 @@ class PaddedSeries(NamedTuple):
     mask: Bool[Array, "series times"]
     lengths: Int[Array, " series"]
 
+    @property
+    def observed(self) -> Bool[Array, "series times channels"]:
+        """Which values were observed: those of a series that are not NaN."""
+        return ~jnp.isnan(self.ys) & self.mask[..., None]
+
 
 def pad_series(series: Sequence[tuple[ArrayLike, ArrayLike]]) -> PaddedSeries:
     """Pad series of unequal length at their end.
@@ -45,12 +50,14 @@ def pad_series(series: Sequence[tuple[ArrayLike, ArrayLike]]) -> PaddedSeries:
 
     Raises:
         ValueError: for no series, and, with its number, for one that cannot be interpolated, that
-            has another number of channels than the first, or whose times (seconds since 1970 in
-            single precision) would be rounded apart or together.
+            has another number of channels than the first, or whose times are dates, or seconds
+            since 1970 where jax has single precision.
 
     Example:
-        >>> ts, ys, mask, lengths = nde.paths.pad_series([(ts_a, ys_a), (ts_b, ys_b)])
+        >>> padded = nde.paths.pad_series([(ts_a, ys_a), (ts_b, ys_b)])
+        >>> ts, ys, mask, lengths = padded
         >>> controls = jax.vmap(nde.paths.hermite_cubic)(ts, ys, lengths)
+        >>> observed = padded.observed      # (series, times, channels): the mask of single values
     """
     if len(series) == 0:
         raise ValueError("`series` is empty; give at least one pair (ts, ys).")
@@ -83,6 +90,37 @@ def pad_series(series: Sequence[tuple[ArrayLike, ArrayLike]]) -> PaddedSeries:
     )
 
 
+def fill_gaps(
+    ts: Float[Array, " times"],
+    ys: Float[Array, "times channels"],
+    length: Int[Array, ""] | None = None,
+    *,
+    causal: bool = False,
+) -> Float[Array, "times channels"]:
+    """The values of one series with its gaps filled, as the paths fill them.
+
+    A gap lies on the line between the observations around it, and at an end of the series the nearest
+    one is repeated. With `causal` a value depends on nothing after its time: the last observation is
+    carried forward, and before the first the value is zero (the mean, if the channels are
+    standardized). In the padding the last values repeat.
+
+    Args:
+        ts: Times, increasing, shape (times,), at least two, in any unit.
+        ys: Values, shape (times, channels); NaN is a missing value.
+        length: How many rows are data, shape (); what follows is padding of any content. `None`:
+            all of them.
+        causal: Whether a gap is filled from the past alone.
+
+    Raises:
+        ValueError: for a series that cannot be interpolated, as `linear`.
+        RuntimeError: for the same numbers inside a transformation.
+
+    Example:
+        >>> ys = jax.vmap(nde.paths.fill_gaps)(ts, ys)      # (series, times, channels), without NaN
+    """
+    return fill(*cleaned(ts, ys, length), causal)
+
+
 def cleaned(
     ts: Float[Array, " times"],
     ys: Float[Array, "times channels"],
@@ -93,7 +131,6 @@ def cleaned(
     Times, values without NaN, and which values were observed; of one precision.
     """
     check_shapes(*(x if eqx.is_array(x) else np.asarray(x) for x in (ts, ys)))
-    ts, ys = jnp.asarray(ts), jnp.asarray(ys)
     if length is not None and not jnp.issubdtype(jnp.result_type(length), jnp.integer):
         raise ValueError(f"`length` is {length!r}; it counts the observations: an integer.")
     if not is_traced(ts, ys, length):
@@ -104,6 +141,9 @@ def cleaned(
             )
         stop = None if length is None else int(length)
         _check_numbers(np.asarray(ts)[:stop], np.asarray(ys)[:stop])
+    if not is_traced(ts, length):
+        check_spacing("ts", np.asarray(ts)[: None if length is None else int(length)])
+    ts, ys = jnp.asarray(ts), jnp.asarray(ys)
     dtype = max(ts.dtype, ys.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     ts, ys = ts.astype(dtype), ys.astype(dtype)
     real = jnp.ones(ts.shape, dtype=bool)
@@ -160,12 +200,9 @@ def check_shapes(ts: Array | np.ndarray, ys: Array | np.ndarray) -> None:
         )
     if ys.shape[1] == 0:
         raise ValueError(f"`ys` has shape {ys.shape}: no channels; give at least one.")
-    for name, array in (("ts", ts), ("ys", ys)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(
-                f"`{name}` has dtype {array.dtype}; times and values are floating: "
-                f"{name}.astype(float)."
-            )
+    check_kind("ts", ts)
+    if not jnp.issubdtype(ys.dtype, jnp.floating):
+        raise ValueError(f"`ys` has dtype {ys.dtype}; values are floating: ys.astype(float).")
 
 
 def _check_numbers(ts: np.ndarray, ys: np.ndarray) -> None:

@@ -7,8 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
+from nde._times import check_gap, check_not_dates
 from nde.paths.control import ControlPath
 from nde.paths.interpolation import linear, rectilinear, staircase, straight
 from nde.solvers.inputs import is_traced
@@ -33,7 +34,7 @@ class Stream(eqx.Module):
 
     Raises:
         ValueError: for shapes that do not fit, infinite values, an interpolation that looks ahead, a
-            time that is not after the last one.
+            time that is not after the last one, dates, seconds since 1970 in single precision.
 
     Example:
         >>> stream = nde.paths.Stream(t, x)
@@ -45,6 +46,8 @@ class Stream(eqx.Module):
     t: Float[Array, ""]
     values: Float[Array, " channels"]
     seen: Float[Array, " channels"]
+    first: Float[Array, ""]
+    appended: Int[Array, ""]
     interpolation: Callable = eqx.field(static=True)
     time: bool = eqx.field(static=True)
     counts: bool = eqx.field(static=True)
@@ -63,6 +66,7 @@ class Stream(eqx.Module):
                 f"`interpolation` is {interpolation!r}, which is not causal piece by piece; use "
                 "nde.paths.rectilinear or nde.paths.linear."
             )
+        check_not_dates("t", t)
         x = jnp.asarray(x)
         if x.ndim != 1 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
@@ -72,7 +76,8 @@ class Stream(eqx.Module):
         with jax.numpy_dtype_promotion("standard"):
             x = _finite(x.astype(jnp.result_type(t, x)))
         observed = ~jnp.isnan(x)
-        self.t = jnp.asarray(t, dtype=x.dtype)
+        self.t = self.first = jnp.asarray(t, dtype=x.dtype)
+        self.appended = jnp.zeros((), jnp.int32)
         self.values = jnp.where(observed, x, 0)
         self.seen = observed.astype(x.dtype)
         self.interpolation, self.time, self.counts = interpolation, time, counts
@@ -87,7 +92,7 @@ class Stream(eqx.Module):
         self, t: Real[Array, ""], x: Float[Array, " channels"]
     ) -> tuple["Stream", ControlPath]:
         """The stream after another observation, and the path from the last one to it."""
-        _check_kept(self.t, t)
+        self._check_kept(t)
         t, x = jnp.asarray(t, dtype=self.t.dtype), jnp.asarray(x, dtype=self.t.dtype)
         if x.shape != self.values.shape:
             raise ValueError(
@@ -104,23 +109,23 @@ class Stream(eqx.Module):
     def _rows(self) -> Float[Array, " channels"]:
         return jnp.concatenate([self.values, self.seen]) if self.counts else self.values
 
+    def _check_kept(self, t: Any) -> None:
+        """The typical gap of a series that is not complete is its mean gap so far."""
+        check_not_dates("t", t)
+        if not is_traced(self.t, t):
+            typical = abs(t - np.float64(self.first)) / (int(self.appended) + 1)
+            check_gap("t", self.t, t, self.t.dtype, typical)
+
     def _moved(self, t: Array, x: Array, observed: Bool[Array, " channels"]) -> "Stream":
         return eqx.tree_at(
-            lambda stream: (stream.t, stream.values, stream.seen),
+            lambda stream: (stream.t, stream.values, stream.seen, stream.appended),
             self,
-            (t, jnp.where(observed, x, self.values), self.seen + observed.astype(x.dtype)),
-        )
-
-
-def _check_kept(last: Array, t: Any) -> None:
-    """The time from `last` to `t` survives the precision of the stream."""
-    if is_traced(last, t):
-        return
-    given, kept = np.float64(t), np.float64(np.asarray(t, last.dtype))
-    if abs(kept - given) > 0.01 * abs(given - np.float64(last)):
-        raise ValueError(
-            f"`t` is {given}, which the stream holds as {kept} in {last.dtype}: too coarse for the time "
-            f"since {last}. Subtract an offset, such as the first time, or use float64."
+            (
+                t,
+                jnp.where(observed, x, self.values),
+                self.seen + observed.astype(x.dtype),
+                self.appended + 1,
+            ),
         )
 
 

@@ -335,6 +335,16 @@ def test_a_bad_series_is_refused(case):
         MODEL(ts, ys)
 
 
+@pytest.mark.parametrize("case", ["nan", "time is nan", "unsorted"])
+def test_a_bad_series_is_refused_in_a_transformation_too(case):
+    ts, ys, _ = BAD_SERIES[case]
+    message = (
+        "`ys` must be finite; fill gaps first: nde.paths.fill_gaps" if case == "nan" else "`ts`"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(batch(MODEL, ts, jnp.stack([YS, ys])))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

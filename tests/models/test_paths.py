@@ -265,8 +265,65 @@ def test_times_that_single_precision_would_move_are_refused():
         data = (np.stack([seconds, seconds]), np.stack([ys, ys]))
         with pytest.raises(ValueError, match=r"`data\[0\]` " + moved):
             nde.fit(ys, nde.losses.trajectory, data, optim=optax.sgd(0.1), steps=1, key=key)
+        for make in EAGER:
+            with pytest.raises(ValueError, match="`ts` " + moved):
+                make(seconds, ys)
         near = nde.paths.pad_series([(seconds - seconds[0], ys)])
     np.testing.assert_array_equal(near.ts[0], 3600 * np.arange(20))
+
+
+def test_ordinary_rounding_of_times_passes_whatever_it_does_to_one_gap():
+    close = np.linspace(0.0, 5.0, 30)
+    close[10] = close[9] + 1e-6  # single precision moves their distance by 5 %
+    merged = np.insert(close, 20, close[19] + 1e-8)
+    bursts = np.cumsum(np.tile([1.0, 1.0, 1.0, 1e7], 4))  # the mean gap would hide them
+    with jax.enable_x64(False):
+        single = np.diff(close.astype(np.float32))
+        assert np.abs(single / np.diff(close) - 1).max() > 0.02 and (single > 0).all()
+        assert paths.pad_series([(close, np.ones((30, 1)))]).ts.dtype == np.float32
+        assert paths.linear(close, np.ones((30, 1))).ts.dtype == np.float32
+        with pytest.raises(ValueError, match="would hold as one and the same"):
+            paths.pad_series([(merged, np.ones((31, 1)))])
+        with pytest.raises(ValueError, match=r"neighbors 1.0 apart .* Subtract an offset"):
+            paths.pad_series([(bursts, np.ones((16, 1)))])
+
+
+def test_gaps_are_filled_in_public_as_the_paths_fill_them():
+    both = jax.jit(jax.vmap(paths.fill_gaps))(jnp.stack([TIMES, TIMES]), jnp.stack([GAPS, VALUES]))
+    np.testing.assert_allclose(both, np.stack([filled(TIMES, GAPS), VALUES]), atol=1e-14)
+    held = paths.fill_gaps(TIMES, GAPS, causal=True)
+    np.testing.assert_array_equal(held, forward_filled(GAPS))
+    short = paths.fill_gaps(jnp.asarray(TIMES), jnp.asarray(GAPS), jnp.asarray(6))
+    np.testing.assert_allclose(short[:6], filled(TIMES[:6], GAPS[:6]), atol=1e-14)
+    np.testing.assert_array_equal(short[6:], np.stack([short[5]] * 6))
+
+
+def test_padding_says_which_single_values_were_observed():
+    batch = paths.pad_series([(TIMES, GAPS), (TIMES[:5], GAPS[:5])])
+    assert np.isnan(batch.ys[1, 5:]).any(axis=1).all()  # the last row repeats, with its gap
+    np.testing.assert_array_equal(batch.observed[0], ~np.isnan(GAPS))
+    np.testing.assert_array_equal(batch.observed[1, :5], ~np.isnan(GAPS[:5]))
+    assert not batch.observed[1, 5:].any()
+
+
+DAYS = np.array(["2024-01-01", "2024-01-03", "2024-01-04"], "datetime64[s]")
+
+
+@pytest.mark.parametrize(
+    "dates, message",
+    [
+        (DAYS, r"dtype datetime64\[s\].*\(ts - origin\) / np.timedelta64"),
+        (DAYS - DAYS[0], r"dtype timedelta64\[s\].*ts / np.timedelta64"),
+        (DAYS.astype(object), r"Python objects \(datetime\).*np.asarray\(ts, 'datetime64\[us\]'\)"),
+        (np.arange(3), r"dtype int64; times are floating: ts.astype\(float\)"),
+    ],
+    ids=["dates", "durations", "objects", "integers"],
+)
+def test_dates_are_told_how_to_become_times(dates, message):
+    model = nde.NeuralODE(lambda t, y, args: -y)
+    for call in (paths.linear, lambda ts, ys: paths.pad_series([(ts, ys)]), model):
+        with pytest.raises(ValueError, match=message):
+            call(dates, np.ones((3, 1)))
 
 
 def test_single_precision_stays_single_unless_the_values_are_double():
@@ -297,7 +354,7 @@ BAD = {
     "a batch": (TIMES[None], VALUES[None], "jax.vmap for a batch"),
     "no channel axis": (TIMES, VALUES[:, 0], r"ys\[:, None\] for one channel"),
     "no channels": (TIMES, VALUES[:, :0], "no channels"),
-    "integers": (TIMES, VALUES.astype(int), "dtype int64; times and values are floating"),
+    "integers": (TIMES, VALUES.astype(int), "dtype int64; values are floating"),
 }
 
 
@@ -346,9 +403,6 @@ def test_what_does_not_fit_together():
         paths.pad_series([])
     with pytest.raises(ValueError, match=r"`series\[0\]` is not a pair"):
         paths.pad_series([TIMES])
-    days = TIMES.astype("datetime64[D]")
-    with pytest.raises(ValueError, match=r"`ts` has dtype datetime64\[D\]"):
-        paths.linear(days, VALUES)
     with pytest.raises(ValueError, match="natural cubic looks ahead"):
         paths.natural_cubic(ts, ys, causal=True)
     with pytest.raises(ValueError, match="not causal piece by piece"):
@@ -376,5 +430,12 @@ def test_a_stream_refuses_the_past_and_other_channels():
 def test_a_stream_refuses_times_that_it_would_move():
     with jax.enable_x64(False):
         stream = paths.Stream(np.float64(1.7e9), jnp.ones(1))
-        with pytest.raises(ValueError, match="`t` is 1700000200.0, which the stream holds as"):
+        with pytest.raises(ValueError, match="`t` has neighbors .* near 1700000200.0"):
             stream.append(np.float64(1.7e9 + 200), jnp.ones(1))
+        with pytest.raises(ValueError, match=r"`t` has dtype datetime64.*\(t - origin\)"):
+            stream.append(np.datetime64("2024-01-01"), jnp.ones(1))
+        stream = paths.Stream(np.float64(0.0), jnp.ones(1))
+        for t in (3.0, 3.0 + 1e-6, 5.0):  # one close pair
+            stream, _ = stream.append(np.float64(t), jnp.ones(1))
+        with pytest.raises(ValueError, match="would hold as one and the same"):
+            stream.append(np.float64(5.0 + 1e-8), jnp.ones(1))
