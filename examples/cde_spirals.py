@@ -12,7 +12,6 @@ Reference:  Neural controlled differential equations for irregular time series (
 """
 
 import time
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -27,7 +26,6 @@ from nde.cde import NeuralCDE
 MATRIX = np.array([[-0.3, 2.0], [-2.0, -0.3]])  # decay and rotation: y' = MATRIX y
 POINTS = 100  # on [0, 4 pi]: a series turns four times
 HIDDEN = 8
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "cde_spirals.png"
 
 
 def observed(number, dropped, rng):
@@ -117,9 +115,7 @@ def picture(models):
     right.set(xlabel="time", ylabel="probability of being mirrored", ylim=(-0.03, 1.03))
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(PICTURE, dpi=150)
-    plt.close(fig)
+    nde.plot.save(fig, "cde_spirals.png")
 
 
 def main(

@@ -14,7 +14,6 @@ C. Kaynak's, Optical Recognition of Handwritten Digits (1998), as they ship with
 
 import functools
 import time
-from pathlib import Path
 
 import diffrax
 import equinox as eqx
@@ -45,7 +44,6 @@ METHODS = {
     "local, unbiased": (regularizers.local, 100.0, 10.0),
     "local, biased": (functools.partial(regularizers.local, biased=True), 10.0, 1.0),
 }
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "ernode_digits.png"
 
 
 class ImageField(eqx.Module):
@@ -178,9 +176,7 @@ def picture(results):
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.set(xlabel="evaluations of a prediction (NFE)", ylabel="test accuracy, %")
     ax.spines[["top", "right"]].set_visible(False)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(PICTURE, dpi=150)
-    plt.close(fig)
+    nde.plot.save(fig, "ernode_digits.png")
 
 
 def main(

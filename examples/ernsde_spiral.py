@@ -23,7 +23,6 @@ Source: A. Pal et al., Opening the Blackbox (2021) | arXiv:2105.03918
 
 import functools
 import time
-from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -55,7 +54,6 @@ METHODS = {
     "ERNSDE 10": (ERNSDE, 10.0),
     "SRNSDE": (regularizers.stiffness_estimate, 0.01),
 }
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "ernsde_spiral.png"
 
 
 def true_moments(paths, seed, cells=2):
@@ -248,9 +246,7 @@ def picture(moments, models, results, paths, seed):
             ax.set(ylabel=f"{kind} of u{channel + 1}", xlabel="t" if kind == "variance" else "")
             ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(PICTURE, dpi=150)
-    plt.close(fig)
+    nde.plot.save(fig, "ernsde_spiral.png")
 
 
 def main(

@@ -22,7 +22,6 @@ all lengths, not at the last). Turns must not grow: `orthogonal` keeps the norm 
 
 import itertools
 import time
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -44,7 +43,6 @@ MODELS = {  # block, step, spread of the first generators: for turns, angles of 
     "block 4, orthogonal": (4, orthogonal, 3.0),
 }
 COLORS = dict(zip(MODELS, ("#BBBBBB", "#4477AA", "#AA3377", "#EE7733", "#228833"), strict=True))
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "linear_cde.png"
 
 
 def group(name):
@@ -158,9 +156,7 @@ def picture(curves):
     handles = axes[0].get_legend_handles_labels()
     style = {"frameon": False, "fontsize": 9, "columnspacing": 1.2}
     fig.legend(*handles, ncols=len(MODELS), loc="outside upper center", **style)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(PICTURE, dpi=150)
-    plt.close(fig)
+    nde.plot.save(fig, "linear_cde.png")
 
 
 def check(results):

@@ -16,7 +16,6 @@ J. M. Mahaffy's lecture notes, Math 636.
 """
 
 import functools
-from pathlib import Path
 
 import diffrax
 import jax
@@ -37,7 +36,6 @@ RATES = {"birth": 0.5, "predation": 0.02, "conversion": 0.02, "death": 0.5}  # o
 # The errors of the data are about 20 % and a correction of 10 % a year is plausible; the most
 # probable network minimizes error^2 / 0.2^2 + correction^2 / 0.1^2.
 PENALTY = (0.2 / 0.1) ** 2
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "lynx_hare.png"
 COLORS = {"Lotka-Volterra": "#4477AA", "neural ODE": "#EE7733", "hybrid": "#228833"}
 NUMERICS = {"stepsize_controller": diffrax.PIDController(rtol=1e-4, atol=1e-6)}
 
@@ -170,9 +168,7 @@ def picture(runs):
     ax.set(title="field of the hybrid model", xlabel="hare", ylabel="lynx")
     for ax in axes.values():
         ax.spines[["top", "right"]].set_visible(False)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(PICTURE, dpi=150)
-    plt.close(fig)
+    nde.plot.save(fig, "lynx_hare.png")
 
 
 def pelts(ax, x, y):

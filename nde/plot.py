@@ -1,6 +1,7 @@
 """Pictures of a run and of a model. Each function takes an axis, or makes one, and returns it."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -14,10 +15,11 @@ from nde._training.history import History
 try:
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError("`nde.plot` needs matplotlib: python -m pip install matplotlib.") from error
 
-__all__ = ["loss", "phase", "trajectories"]
+__all__ = ["loss", "phase", "save", "trajectories"]
 
 
 def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
@@ -179,6 +181,20 @@ def phase(
             ax.plot(*trajectory[0], "o", color=line.get_color(), markersize=5)
     ax.set(xlim=xlim, ylim=ylim)
     return ax
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a picture, close it, and print where it is: the absolute path, which is returned.
+
+    Args:
+        figure: What was drawn.
+        path: From the working directory; the ending says the format.
+    """
+    path = Path(path).resolve()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"picture: {path}")
+    return path
 
 
 def _axis(ax: Axes | None) -> Axes:

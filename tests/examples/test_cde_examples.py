@@ -36,7 +36,7 @@ def test_a_trial_run_of_spirals_reports_every_fraction_and_writes_nothing(
     tmp_path, monkeypatch, capsys
 ):
     example = load("cde_spirals")
-    monkeypatch.setattr(example, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
     results = example.main(steps=3, plot=False, drops=(0.0, 0.7))
     assert list(results) == [0.0, 0.7] and not list(tmp_path.iterdir())
     table = capsys.readouterr().out

@@ -34,7 +34,7 @@ def check_every_method(example, model, data, **options):
 def test_a_trial_run_of_digits_is_cheaper_with_a_strong_regularizer(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     example = load("ernode_digits")
-    monkeypatch.setattr(example, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(example, "TOLERANCE", 1e-8)
     monkeypatch.setattr(example, "WIDTH", 16)
     monkeypatch.setitem(example.METHODS, "strong", (example.ERNODE, 100.0, 10.0))
@@ -124,7 +124,7 @@ def test_every_noise_of_the_spiral_has_both_signs():
 @pytest.mark.slow
 def test_a_trial_run_of_the_spiral_learns(tmp_path, monkeypatch, capsys):
     example = load("ernsde_spiral")
-    monkeypatch.setattr(example, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
     results = example.main(steps=60, plot=False, methods=("SRNSDE",), paths=32, judged=64)
     row = results["SRNSDE"]
     assert row["train"] < 1.5 and not list(tmp_path.iterdir())  # 4 at the start

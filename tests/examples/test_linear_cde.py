@@ -63,7 +63,7 @@ def test_most_runs_with_small_turns_or_signs_hold_parity(example, model):
 def test_a_trial_run_reports_every_model_and_writes_nothing(example, tmp_path, monkeypatch, capsys):
     one = "block 2, first order"
     monkeypatch.setattr(example, "MODELS", {one: example.MODELS[one]})
-    monkeypatch.setattr(example, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
     results = example.main(steps=2, plot=False, seeds=1)
     assert list(results) == [(name, model) for name in example.CLASSES for model in example.MODELS]
     assert not list(tmp_path.iterdir())

@@ -61,12 +61,16 @@ def test_all_years_give_the_rates_of_least_squares(example):
     np.testing.assert_allclose(rates, [0.55, 0.028, 0.024, 0.80], rtol=0.04)
 
 
-def test_a_trial_run_reports_every_model_and_writes_nothing(example, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(example, "PICTURE", tmp_path / "picture.png")
-    results = example.main(steps=5, plot=False)
+def test_a_trial_run_reports_every_model_and_saves_one_picture(
+    example, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.chdir(tmp_path)
+    results = example.main(steps=5)
     assert list(results) == ["Lotka-Volterra", "neural ODE", "hybrid"]
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["lynx_hare.png"]
     table = capsys.readouterr().out
+    assert str(tmp_path / "lynx_hare.png") in table
     for name, row in results.items():
         line = next(line for line in table.splitlines() if line.startswith(name))
         assert f"{row['train']:.3f}" in line and f"{row['forecast']:.3f}" in line

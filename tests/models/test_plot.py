@@ -125,3 +125,12 @@ def test_an_axis_is_made_where_none_is_given():
     assert set(plt.get_fignums()) - before == {ax.figure.number}
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), np.arange(3.0))
     plt.close(ax.figure)
+
+
+def test_a_picture_goes_to_the_working_directory_and_says_where(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    figure, _ = plt.subplots()
+    path = plot.save(figure, "picture.png")
+    assert path == tmp_path / "picture.png" and path.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"picture: {path}\n"
+    assert not plt.fignum_exists(figure.number)
