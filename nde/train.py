@@ -25,7 +25,9 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from nde import losses
 from nde._inputs import check_callable, check_instance, check_key
+from nde._times import check_spacing
 from nde._training.batching import ArrayBatches, Batch, IteratorBatches, as_integer, make_batches
 from nde._training.history import History, NonFiniteError, Reports
 from nde._training.step import initial_state, leaf_paths, make_step, strongly_typed
@@ -177,10 +179,20 @@ def _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key) ->
     if not isinstance(optim, optax.GradientTransformation):
         raise ValueError(f"`optim` is {optim!r}, not an optimizer; write optax.adam(1e-3).")
     order_key, loss_key = jax.random.split(key)
+    _check_data_times(loss, data)
     batches = make_batches(data, batch_size, order_key)
     return _Job(
         loss, batches, optax.with_extra_args_support(optim), steps, max_skips, progress, loss_key
     )
+
+
+def _check_data_times(loss: Callable, data: Any) -> None:
+    """The losses of nde know which array holds times, and are asked before jax rounds it."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    pair = isinstance(data, tuple | list) and len(data) > 1
+    if loss in losses.TIMES_FIRST and pair and isinstance(data[0], np.ndarray):
+        check_spacing("data[0]", data[0])
 
 
 def _count(name: str, value: Any, least: int) -> int:

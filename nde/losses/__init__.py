@@ -9,3 +9,6 @@ from nde.losses.squared_error import mse as mse
 from nde.losses.trajectory import trajectory as trajectory
 
 __all__ = ["growing_horizon", "log_mse", "mse", "trajectory"]
+
+# Losses whose data begins with the times of the series, shape (examples, times).
+TIMES_FIRST = (trajectory,)
