@@ -44,17 +44,33 @@ class KnotSteps(diffrax.AbstractStepSizeController):
         del direction
         return self
 
-    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+    def init(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        dt0: Array | None,
+        args: PyTree[Any],
+        func: Callable,
+        error_order: Any,
+    ) -> tuple[Array, Array]:
         """The end of the first step, and the number of steps begun."""
-        del terms, t0, t1, y0, dt0, args, func, error_order
         begun = jnp.asarray(1, dtype=jnp.int32)
         return self._end(begun), begun
 
     def adapt_step_size(
-        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
-    ):
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        y1_candidate: PyTree[Array],
+        args: PyTree[Any],
+        y_error: PyTree[Array] | None,
+        error_order: Any,
+        controller_state: Array,
+    ) -> tuple[bool, Array, Array, bool, Array, Any]:
         """Every step is accepted."""
-        del t0, y0, y1_candidate, args, y_error, error_order
         begun = controller_state + 1
         return True, t1, self._end(begun), False, begun, diffrax.RESULTS.successful
 

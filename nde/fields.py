@@ -88,7 +88,9 @@ class MLPField(eqx.Module):
         last = eqx.combine(last, mlp.layers[-1])
         self.mlp = eqx.tree_at(lambda mlp: mlp.layers[-1], mlp, last)
         self.scale = jnp.asarray(scale, dtype=last.weight.dtype)
-        self.size, self.time, self.context = size, time, context
+        self.size = size
+        self.time = time
+        self.context = context
         if self.scale.shape not in ((), (out_size,)):
             raise ValueError(
                 f"`scale` has shape {self.scale.shape}; it is a number, or an array of shape "

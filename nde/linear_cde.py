@@ -130,7 +130,18 @@ class Layer(eqx.Module):
     step: Callable
     recurrence: Callable
 
-    def __init__(self, channels, hidden, block, init_std, driver, step, recurrence, key):
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        block: int,
+        init_std: float,
+        driver: Callable,
+        step: Callable,
+        recurrence: Callable,
+        key: PRNGKeyArray,
+    ):
         keys = jax.random.split(key, 4)
         shape = (channels + 1, block, block, hidden // block)
         deviation = init_std / np.sqrt(block)
@@ -139,7 +150,9 @@ class Layer(eqx.Module):
         self.skip = eqx.nn.Linear(channels, hidden, key=keys[2])
         self.norm = eqx.nn.LayerNorm(hidden)
         self.mix = eqx.nn.Linear(hidden, 2 * hidden, key=keys[3])
-        self.driver, self.step, self.recurrence = driver, step, recurrence
+        self.driver = driver
+        self.step = step
+        self.recurrence = recurrence
 
     def states(
         self, ts: Float[Array, " times"], xs: Float[Array, "times channels"]
@@ -233,7 +246,16 @@ class LinearCDE(eqx.Module):
         check_callable("recurrence", recurrence, "(step, generators, increments, start)")
         *layer_keys, readout_key = jax.random.split(key, depth + 1)
         self.layers = tuple(
-            Layer(size, hidden, block, init_std, driver, step, recurrence, layer_key)
+            Layer(
+                size,
+                hidden,
+                block=block,
+                init_std=init_std,
+                driver=driver,
+                step=step,
+                recurrence=recurrence,
+                key=layer_key,
+            )
             for size, layer_key in zip([channels] + [hidden] * (depth - 1), layer_keys, strict=True)
         )
         self.readout = eqx.nn.Linear(hidden, out_size, key=readout_key)

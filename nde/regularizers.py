@@ -163,15 +163,26 @@ def local(
     usable = diffrax.is_okay(solution.result) & (solution.stats["num_accepted_steps"] > 0)
     solver = WithEstimates(model.solver, *tolerances(model.stepsize_controller))
     direction = _direction(ts)
-    terms, s, s_end = _forward(model, direction), direction * t, direction * t_end
+    terms = _forward(model, direction)
+    s = direction * t
+    s_end = direction * t_end
     if not biased:
         s_end = jnp.minimum(s_end, _first_step(model, solver, terms, s, s_end, y, args, direction))
     s, s_end, y = jax.lax.stop_gradient((s, jnp.where(usable, s_end, s), y))
     # One step of a solve, which leaves out lanes without a step: there the field may be undefined.
     step = diffrax.diffeqsolve(
-        terms, solver, s, s_end, s_end - s, y, args, saveat=diffrax.SaveAt(solver_state=True),
-        adjoint=DiscreteAdjoint(), max_steps=1, throw=False,
-    )  # fmt: skip
+        terms,
+        solver,
+        s,
+        s_end,
+        dt0=s_end - s,
+        y0=y,
+        args=args,
+        saveat=diffrax.SaveAt(solver_state=True),
+        adjoint=DiscreteAdjoint(),
+        max_steps=1,
+        throw=False,
+    )
     state: Any = step.solver_state
     name = f"{of}_estimate"
     if name not in state.estimates:
