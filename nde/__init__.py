@@ -23,8 +23,10 @@ from nde.mechanics import SecondOrderODE as SecondOrderODE
 from nde.ode import NeuralODE as NeuralODE
 
 if TYPE_CHECKING:
+    from nde import inference as inference
     from nde import plot as plot
     from nde import train as train
+    from nde.inference import least_squares as least_squares
     from nde.train import fit as fit
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "SecondOrderODE",
     "fields",
     "fit",
+    "inference",
+    "least_squares",
     "losses",
     "paths",
     "plot",
@@ -49,10 +53,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("plot", "train"):
+    if name in ("inference", "plot", "train"):
         return importlib.import_module(f"nde.{name}")
     if name == "fit":
         return importlib.import_module("nde.train").fit
+    if name == "least_squares":
+        return importlib.import_module("nde.inference").least_squares
     raise AttributeError(f"module 'nde' has no attribute {name!r}")
 
 

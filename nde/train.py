@@ -98,7 +98,7 @@ def fit(
         `sys.last_value.model`).
     """
     job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
-    params, fixed, static = _split(model, frozen)
+    params, fixed, static = split(model, frozen)
     params, columns, compile_seconds = _train(job, params, fixed, static)
     return eqx.combine(params, fixed, static), History(columns, compile_seconds)
 
@@ -144,7 +144,7 @@ def multi_start(
     job = _make_job(loss, data, optim, steps, batch_size, max_skips, progress, key)
     made = [make_model(k) for k in jax.random.split(model_key, starts)]
     _check_alike(made)
-    parts = [_split(model, frozen) for model in made]
+    parts = [split(model, frozen) for model in made]
     params, fixed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[:2] for part in parts))
     static = parts[0][2]
     params, columns, compile_seconds = _train(job, params, fixed, static, jax.vmap)
@@ -202,7 +202,7 @@ def _count(name: str, value: Any, least: int) -> int:
     return count
 
 
-def _split(model: PyTree, frozen: Callable | None) -> tuple[PyTree, PyTree, PyTree]:
+def split(model: PyTree, frozen: Callable | None) -> tuple[PyTree, PyTree, PyTree]:
     """The trained arrays, the other arrays, and everything that is not an array."""
 
     def is_fixed(node):

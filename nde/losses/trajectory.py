@@ -63,7 +63,7 @@ def trajectory(
             f"`batch` is {eqx.tree_pformat(batch)}; a loss takes a Batch of the data: "
             "nde.train.Batch((ts, ys))."
         )
-    ts, ys, observed = _series(batch.data)
+    ts, ys, observed = series(batch.data)
     if horizon is not None:
         check_callable("horizon", horizon, "(step)")
         ts, seen = jax.vmap(growing_horizon, in_axes=(0, None))(ts, horizon(batch.step))
@@ -92,7 +92,7 @@ def trajectory(
     return loss, metrics
 
 
-def _series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]:
+def series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]:
     """Times, values and which of them count."""
     arrays = isinstance(data, tuple | list) and len(data) in (2, 3) and all(map(eqx.is_array, data))
     if (
