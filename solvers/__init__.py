@@ -15,6 +15,7 @@ from nde.solvers.brownian import BrownianGrid, BrownianInterval, SpaceSpaceLevyA
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.estimates.wrapper import WithEstimates
 from nde.solvers.failures.diagnosis import Diagnosis, SolveError, diagnose
+from nde.solvers.integrals import ride_along
 from nde.solvers.methods.levy_heun import LevyHeun
 from nde.solvers.methods.sosri import SOSRI, SOSRI2
 from nde.solvers.reversible.ees import EES25, EES27
@@ -44,4 +45,5 @@ __all__ = [
     "WithEstimates",
     "Yoshida4",
     "diagnose",
+    "ride_along",
 ]

@@ -75,7 +75,7 @@ def run(
     if estimates is not None:
         checks.check_estimates(options["solver"])
         still = stopped(controller, controller)
-        judge = judge_for(options["solver"], still, estimates.scaled)
+        judge = judge_for(options["solver"], still, options["terms"], estimates.scaled)
     traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps, judge)
     out = make(traced, start).solve(start)
     dense = any(save.at_time is not None for save in traced.saves)

@@ -290,10 +290,10 @@ def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
 
 def _must_hit(controller: diffrax.AbstractStepSizeController) -> bool:
     """Whether the controller aims at times that its steps must meet."""
-    if not isinstance(controller, diffrax.ClipStepSizeController):
-        return False
-    times = (controller.step_ts, controller.jump_ts)
-    return any(x is not None for x in times) or _must_hit(controller.controller)
+    is_clip = lambda x: isinstance(x, diffrax.ClipStepSizeController)
+    clips = [x for x in jax.tree.leaves(controller, is_leaf=is_clip) if is_clip(x)]
+    aims = lambda clip: clip.step_ts is not None or clip.jump_ts is not None
+    return any(aims(clip) or _must_hit(clip.controller) for clip in clips)
 
 
 def all_finite(y: PyTree[Array]) -> Array:

@@ -35,6 +35,7 @@ import optimistix
 from jaxtyping import Array, Float, PyTree
 
 from nde.solvers.inputs import tolerances
+from nde.solvers.integrals import riding, state_of
 from nde.solvers.methods.explicit_rk import combine, tableau_of
 from nde.solvers.methods.sosri import SOSRI2
 
@@ -90,9 +91,11 @@ class Judge(NamedTuple):
     atol: Any
     apart: Sequence[float] | None  # g_last - g_prev, in weights of the stages; None: no stiffness
     limit: float
+    integrals: int  # beside the state, see `nde.solvers.integrals`: not judged
 
     def in_units(self, error: PyTree, y0: PyTree, y1: PyTree) -> PyTree[Array]:
         """The error of a step from y0 to y1 in units of the tolerances, if there are any."""
+        error, y0, y1 = (state_of(x, self.integrals) for x in (error, y0, y1))
         if self.rtol is None:
             return error
         in_units = functools.partial(_in_units, jnp.asarray(self.rtol), jnp.asarray(self.atol))
@@ -105,18 +108,22 @@ class Judge(NamedTuple):
         length = jax.lax.stop_gradient(jnp.abs(t1 - t0))
         stiffness = None
         if self.apart is not None and ks is not None:
+            y0, *ks = (state_of(x, self.integrals) for x in (y0, *ks))
             stiffness = _quotient(self.apart, length, y0, ks) / self.limit
         return Judged(_rms(error), stiffness, length)
 
 
 def judge_for(
-    solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController, scaled: bool
+    solver: diffrax.AbstractSolver,
+    controller: diffrax.AbstractStepSizeController,
+    terms: PyTree[diffrax.AbstractTerm],
+    scaled: bool,
 ) -> Judge:
     """The judge of a solver's steps, with the tolerances of the controller."""
     rtol, atol = tolerances(controller) if scaled else (None, None)
     limit = STABILITY_LIMITS.get(type(solver).__name__)
     apart = None if limit is None else _apart(solver)
-    return Judge(rtol, atol, apart, 1.0 if limit is None else limit)
+    return Judge(rtol, atol, apart, 1.0 if limit is None else limit, riding(terms))
 
 
 def stages(dense_info: dict[str, PyTree[Array]]) -> list[PyTree[Array]] | None:

@@ -80,9 +80,8 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
     def term_compatible_contr_kwargs(self):
         return self.solver.term_compatible_contr_kwargs
 
-    @property
-    def _judge(self) -> Judge:
-        judge = judge_for(self.solver, diffrax.ConstantStepSize(), scaled=False)
+    def _judge(self, terms: PyTree[diffrax.AbstractTerm]) -> Judge:
+        judge = judge_for(self.solver, diffrax.ConstantStepSize(), terms, scaled=False)
         return judge._replace(rtol=self.rtol, atol=self.atol)
 
     def order(self, terms):
@@ -96,14 +95,14 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
 
     def init(self, terms, t0, t1, y0, args) -> EstimatesState:
         zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(y0)))
-        names = ["error_estimate"] + ["stiffness_estimate"] * (self._judge.apart is not None)
+        names = ["error_estimate"] + ["stiffness_estimate"] * (self._judge(terms).apart is not None)
         state = self.solver.init(terms, t0, t1, y0, args)
         return EstimatesState(state, {name: zero for name in names})
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         state, sums = solver_state
         y1, error, info, state, result = self.solver.step(terms, t0, t1, y0, args, state, made_jump)
-        judge = self._judge
+        judge = self._judge(terms)
         ks = None if judge.apart is None else stages(info)
         # Rejected steps are differentiated too, and the controller may have other tolerances: where
         # these are zero there is no unit.

@@ -34,6 +34,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
+from nde.solvers.integrals import riding, without_integral
+
 Row = tuple[float, ...]
 
 
@@ -184,7 +186,9 @@ class AbstractSRI(diffrax.AbstractItoSolver, diffrax.AbstractAdaptiveSolver):
                 f"{name} was given increments of type {type(increment).__name__}; it needs a Brownian path "
                 "with space-time Levy area: levy_area=diffrax.SpaceTimeLevyArea."
             )
-        field = eqx.filter_eval_shape(diffusion.vf, t0, y0, args)
+        for _ in range(riding(terms)):  # the noise of an integral beside y is not diagonal
+            terms, y0 = without_integral(terms), y0[0]
+        field = eqx.filter_eval_shape(terms.terms[1].vf, t0, y0, args)
         _check_diagonal(field, y0, increment.W, name)
         # An Ito integral run backwards is another integral. Every step uses the sign, so that the
         # check cannot be dropped as unused.
@@ -202,32 +206,33 @@ class AbstractSRI(diffrax.AbstractItoSolver, diffrax.AbstractAdaptiveSolver):
         tab = self.tableau
         h = drift.contr(t0, t1)
         bm = diffusion.contr(t0, t1, use_levy=True)
-        ones = jax.tree.map(jnp.ones_like, bm.W)
         length = h * solver_state
         # A lane that has ended takes steps of length zero, where a root has no derivative.
         empty = length == 0
         divisor = jnp.where(empty, 1, length)
         chi1, chi2, chi3 = _iterated_integrals(length, divisor, bm)
-        q = jax.tree.map(lambda w: jnp.where(empty, 0, jnp.sqrt(divisor)).astype(w.dtype), bm.W)
-        k, g = [], []  # h k_i, and g_i as arrays of the structure of y
+        root = jnp.where(empty, 0, jnp.sqrt(divisor))
+        q = jax.tree.map(lambda w: jnp.full(w.shape, root, w.dtype), bm.W)
+        # h k_i, and g_i times what it meets: chi2 in u, q in v, and two sums in y1.
+        k, in_u, in_v, first_order, higher_order = [], [], [], [], []
         for i in range(4):
             c0, c1 = math.fsum(tab.a0[i]), math.fsum(tab.a1[i])
-            u = _plus(y0, _combine(tab.a0[i], k), _scaled(_combine(tab.b0[i], g), chi2))
+            u = _plus(y0, _combine(tab.a0[i], k), _combine(tab.b0[i], in_u))
             k.append(drift.vf_prod(t0 + c0 * (t1 - t0), u, args, h))
-            v = _plus(y0, _combine(tab.a1[i], k), _scaled(_combine(tab.b1[i], g), q))
-            g.append(diffusion.vf_prod(t0 + c1 * (t1 - t0), v, args, ones))
-        first_order = _plus(
-            _scaled(_combine(tab.beta1, g), bm.W), _scaled(_combine(tab.beta2, g), chi1)
-        )
-        higher_order = _plus(
-            _scaled(_combine(tab.beta3, g), chi2), _scaled(_combine(tab.beta4, g), chi3)
-        )
-        y1 = _plus(y0, _combine(tab.alpha, k), first_order, higher_order)
+            v = _plus(y0, _combine(tab.a1[i], k), _combine(tab.b1[i], in_v))
+            g = diffusion.vf(t0 + c1 * (t1 - t0), v, args)
+            in_u.append(diffusion.prod(g, chi2))
+            in_v.append(diffusion.prod(g, q))
+            first = _combine((tab.beta1[i], tab.beta2[i]), [bm.W, chi1])
+            higher = _combine((tab.beta3[i], tab.beta4[i]), [chi2, chi3])
+            first_order += [] if first is None else [diffusion.prod(g, first)]
+            higher_order += [] if higher is None else [diffusion.prod(g, higher)]
+        higher_order = _plus(*higher_order)
+        y1 = _plus(y0, _combine(tab.alpha, k), *first_order, higher_order)
         error = _plus(_combine(self._drift_error(), k), higher_order)
         info = dict(y0=y0, y1=y1)
         if self.interpolation_cls is LinearWithStages:
-            increments = [*(_scaled(x, chi2) for x in g[:3]), *k]
-            info["k"] = jax.tree.map(lambda *xs: jnp.stack(xs), *increments)
+            info["k"] = jax.tree.map(lambda *xs: jnp.stack(xs), *in_u[:3], *k)
         return y1, error, info, solver_state, diffrax.RESULTS.successful
 
     def func(self, terms, t0, y0, args) -> Any:
@@ -326,7 +331,7 @@ def _check_diagonal(field, y0, noise, name) -> None:
         diagonal = lx.is_diagonal(field) and takes == channels
         got = f"a {type(field).__name__} of {said(takes)}"
     else:
-        diagonal = shapes(field) == shapes(y0)
+        diagonal = shapes(field) == shapes(y0) and not any(channels)
         got = f"an array of shape {said(shapes(field))}"
     if not diagonal:
         raise ValueError(
@@ -343,11 +348,6 @@ def _combine(row: Row, values: list):
         jax.tree.map(lambda x, a=a: a * x, v) for a, v in zip(row, values, strict=False) if a != 0
     ]
     return _plus(*terms) if terms else None
-
-
-def _scaled(x, weight):
-    """x, leaf by leaf times `weight` (of the same shape, or a scalar)."""
-    return None if x is None else jax.tree.map(jnp.multiply, x, weight)
 
 
 def _plus(*terms):
