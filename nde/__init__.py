@@ -5,6 +5,7 @@ they need optax and matplotlib, which a program that only solves does not have t
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from nde import fields as fields
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from nde import train as train
     from nde.inference import least_squares as least_squares
     from nde.train import fit as fit
+
+    __version__: str
 
 __all__ = [
     "HamiltonianODE",
@@ -59,6 +62,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("nde.train").fit
     if name == "least_squares":
         return importlib.import_module("nde.inference").least_squares
+    if name == "__version__":
+        return importlib.metadata.version("nde")
     raise AttributeError(f"module 'nde' has no attribute {name!r}")
 
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +31,8 @@ def test_every_public_name_is_there_and_no_other():
     assert all(getattr(nde, name) is not None for name in nde.__all__)
     with pytest.raises(AttributeError, match="no attribute 'NeuralOED'"):
         _ = nde.NeuralOED
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert nde.__version__ == project["version"]
