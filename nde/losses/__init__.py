@@ -1,14 +1,44 @@
 """Losses, one idea a file.
 
-`squared_error` compares numbers with numbers, `trajectory` a model's solve with a series.
+`squared_error` compares numbers with numbers, `trajectory` a model's solve with a series. For models that
+draw paths, scores compare a sample of paths with another, `score(ts, fake, real, mask=None, key=None)`:
+`finite_dimensional_score`, `signature_score`, `moments`; `path_score` binds one to a model and a batch.
+`likelihood` is for SDEs whose state is observed.
 """
 
+from nde.losses.finite_dimensional import finite_dimensional_score as finite_dimensional_score
 from nde.losses.horizon import growing_horizon as growing_horizon
+from nde.losses.kernels import RBF as RBF
+from nde.losses.kernels import Energy as Energy
+from nde.losses.moments import moments as moments
+from nde.losses.path_score import path_score as path_score
+from nde.losses.signature_kernel import signature_gram as signature_gram
+from nde.losses.signature_kernel import signature_kernel as signature_kernel
+from nde.losses.signature_score import signature_score as signature_score
 from nde.losses.squared_error import log_mse as log_mse
 from nde.losses.squared_error import mse as mse
 from nde.losses.trajectory import trajectory as trajectory
+from nde.losses.transitions import bridge_density as bridge_density
+from nde.losses.transitions import euler_density as euler_density
+from nde.losses.transitions import likelihood as likelihood
 
-__all__ = ["growing_horizon", "log_mse", "mse", "trajectory"]
+__all__ = [
+    "RBF",
+    "Energy",
+    "bridge_density",
+    "euler_density",
+    "finite_dimensional_score",
+    "growing_horizon",
+    "likelihood",
+    "log_mse",
+    "moments",
+    "mse",
+    "path_score",
+    "signature_gram",
+    "signature_kernel",
+    "signature_score",
+    "trajectory",
+]
 
 # Losses whose data begins with the times of the series, shape (examples, times).
 TIMES_FIRST = (trajectory,)

@@ -65,7 +65,9 @@ class Energy:
 
     def __post_init__(self):
         if not 0 < self.power < 2:
-            raise ValueError(f"`power` is {self.power}; it is between 0 and 2, such as Energy(1.0).")
+            raise ValueError(
+                f"`power` is {self.power}; it is between 0 and 2, such as Energy(1.0)."
+            )
 
     def __call__(
         self, x: Float[Array, "features ..."], y: Float[Array, "features ..."]

@@ -32,8 +32,8 @@ In code:    i in 0..m and j in 0..n count points, E = i + j antidiagonals of who
 Cost:       R^2 m n cells per pair, about four times that with the gradient. Memory of a block of pairs:
             about 10 R m numbers per pair and R (m + n) for the last row; nothing has R^2 m n, nor m n.
             Blocks are taken one by one, also by the gradient.
-Accuracy:   wants |D| / R^2 < 1: scale the paths. Rounding enters the gradient times the largest k, so values
-            above 1e4 want float64.
+Accuracy:   wants |D| / R^2 < 1: scale the paths. Rounding enters the gradient times the largest k, so
+            values above 1e4 want float64.
 Not for:    derivatives of derivatives, and forward mode.
 Reference:  The signature kernel is the solution of a Goursat PDE (2021) | arXiv:2006.14794
 """
