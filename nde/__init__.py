@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from nde import evaluate as evaluate
 from nde import fields as fields
 from nde import losses as losses
 from nde import paths as paths
@@ -42,6 +43,7 @@ __all__ = [
     "NeuralODE",
     "PortHamiltonianODE",
     "SecondOrderODE",
+    "evaluate",
     "fields",
     "fit",
     "inference",

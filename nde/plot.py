@@ -118,6 +118,114 @@ def _series(name: str, ts: ArrayLike, ys: ArrayLike) -> tuple[np.ndarray, np.nda
     return ts, ys if ys.ndim == 2 else ys[:, None]
 
 
+def fan(
+    ts: Float[ArrayLike, " times"],
+    paths: Float[ArrayLike, "draws times channels"],
+    observed: tuple[ArrayLike, ArrayLike] | None = None,
+    ax: Axes | None = None,
+    *,
+    levels: Sequence[float] = (0.5, 0.9),
+    channel: int = 0,
+    **style: Any,
+) -> Axes:
+    """Bands that hold the central part of the draws of a model at each time, their median, and data.
+
+    Args:
+        ts: Times, shape (times,).
+        paths: Draws, shape (draws, times, channels) or (draws, times).
+        observed: Times and values of data: shapes (n,) and (n, channels) or (n,) of one series, drawn as
+            dots, or (examples, n, channels) of several, drawn as thin lines.
+        ax: Where to draw.
+        levels: Parts of the draws in the bands.
+        channel: Which channel is drawn.
+        style: Passed to `Axes.plot` for the median, such as `color` or `label`.
+
+    Raises:
+        ValueError: for shapes that do not fit, such as those of one path.
+    """
+    ts, paths = _sample_paths("paths", ts, paths, channel)
+    ax = _axis(ax)
+    (line,) = ax.plot(ts, np.median(paths, axis=0), **style)
+    for level in sorted(levels, reverse=True):
+        low, high = np.quantile(paths, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        ax.fill_between(ts, low, high, color=line.get_color(), alpha=0.25, linewidth=0, zorder=0.5)
+    if observed is not None and np.ndim(observed[1]) == 3:
+        times, series = _sample_paths("observed", *observed, channel)
+        ax.plot(times, series.T, color="0.3", linewidth=0.6, alpha=0.6)
+    elif observed is not None:
+        times, values = _series("observed", *observed)
+        ax.plot(times, values[:, channel], "o", color="0.2", markersize=3)
+    ax.set(xlabel="t")
+    return ax
+
+
+def marginals(
+    ts: Float[ArrayLike, " times"],
+    paths: Float[ArrayLike, "draws times channels"],
+    observed: Float[ArrayLike, "examples times channels"],
+    ax: Axes | None = None,
+    *,
+    at: Sequence[int] | int = 5,
+    channel: int = 0,
+    bins: int = 30,
+) -> Axes:
+    """Histograms of data (to the left of each time) and of a model (to the right), back to back.
+
+    Args:
+        ts: Times, shape (times,), increasing.
+        paths: Draws of the model, shape (draws, times, channels) or (draws, times).
+        observed: Data at the same times, shape (examples, times, channels) or (examples, times).
+        ax: Where to draw.
+        at: Indices of the times, or how many of them, spread over the series.
+        channel: Which channel is drawn.
+        bins: Of each histogram, over the range of both samples at that time.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    times, paths = _sample_paths("paths", ts, paths, channel)
+    _, observed = _sample_paths("observed", ts, observed, channel)
+    if isinstance(at, int):
+        at = np.unique(np.linspace(0, times.size - 1, at + 1).round().astype(int))[1:]
+    ax = _axis(ax)
+    where = times[np.asarray(at)]
+    width = 0.45 * (np.diff(where).min() if where.size > 1 else 1.0)
+    for i, t in zip(at, where, strict=True):
+        both = np.concatenate([paths[:, i], observed[:, i]])
+        edges = np.histogram_bin_edges(both, bins)
+        counts = [np.histogram(side[:, i], edges, density=True)[0] for side in (observed, paths)]
+        scale = width / max(count.max() for count in counts)
+        for count, side, color in zip(counts, (-scale, scale), ("0.55", "C0"), strict=True):
+            label = ("data" if side < 0 else "model") if t == where[0] else None
+            ax.stairs(
+                t + side * count,
+                edges,
+                baseline=t,
+                orientation="horizontal",
+                fill=True,
+                color=color,
+                label=label,
+            )
+    ax.set(xlabel="t")
+    return ax
+
+
+def _sample_paths(
+    name: str, ts: ArrayLike, paths: ArrayLike, channel: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Times, and one channel of several paths, shape (paths, times)."""
+    ts, paths = np.asarray(ts), np.asarray(paths)
+    if ts.ndim != 1 or paths.ndim not in (2, 3) or paths.shape[1] != ts.shape[0]:
+        raise ValueError(
+            f"`{name}` has times of shape {ts.shape} and values of shape {paths.shape}; several paths at "
+            "the same times are (times,) and (paths, times, channels) or (paths, times)."
+        )
+    paths = paths if paths.ndim == 3 else paths[..., None]
+    if not 0 <= channel < paths.shape[2]:
+        raise ValueError(f"`channel` is {channel} but `{name}` has {paths.shape[2]} channels.")
+    return ts, paths[..., channel]
+
+
 def phase(
     vector_field: Callable,
     xlim: tuple[float, float],

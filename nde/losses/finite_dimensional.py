@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from nde._protocol import check_key
+from nde._inputs import check_key
 from nde.losses.kernels import Energy
 from nde.losses.samples import check_samples, mean_of_pairs
 from nde.solvers.inputs import check_count

@@ -82,7 +82,9 @@ def _squared_difference(a: Array, b: Array) -> Array:
 
 
 def _sum(term: Callable, x: Array, y: Array) -> Array:
-    """The sum of term(x, y) over the features, one by one: no array has both them and the pairs."""
+    """The sum of term(x, y) over the features; of a few one by one, which compilers like best."""
+    if x.shape[0] > 16:
+        return jnp.sum(term(x, y), axis=0)
     total = term(x[0], y[0])
     for i in range(1, x.shape[0]):
         total = total + term(x[i], y[i])

@@ -28,7 +28,8 @@ def path_score(
         model: Draws paths: `model(ts, key=key)`, or `model(ts, args, key=key)`, is of shape (times,
             channels).
         batch: An `nde.train.Batch` whose data is `(ts, ys)`, shapes (examples, times) and (examples, times,
-            channels), or `(ts, ys, mask)`, as of `trajectory`. A time counts where all channels do.
+            channels), or `(ts, ys, mask)`, as of `trajectory` (nan is missing).
+            A time counts where all channels do.
         key: Of the paths and of what the score draws.
         score: `score(ts, fake, real, mask=mask, key=key) -> scalar`: `finite_dimensional_score`,
             `signature_score`, `moments`, with their options bound by `functools.partial`.

@@ -16,7 +16,9 @@ def as_series(
     Float[Array, "examples times channels"],
     Bool[Array, "examples times channels"],
 ]:
-    """Data as `(ts, ys)` or `(ts, ys, mask)`; a series that repeats its last time has ended there."""
+    """Data as `(ts, ys)` or `(ts, ys, mask)`; nan is missing, and a series that repeats its
+    last time has ended there.
+    """
     arrays = isinstance(data, tuple | list) and len(data) in (2, 3) and all(map(eqx.is_array, data))
     if (
         not arrays
@@ -33,6 +35,7 @@ def as_series(
     ts, ys, *mask = data
     padded = (ts[:, 1:] == ts[:, :-1]) & (ts[:, 1:] == ts[:, -1:])
     observed = broadcast_mask(jnp.pad(~padded, ((0, 0), (1, 0)), constant_values=True), ys)
+    observed = observed & ~jnp.isnan(ys)
     if mask:
         observed = observed & broadcast_mask(mask[0], ys)
     return ts, ys, observed

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from nde._protocol import check_callable
+from nde._inputs import check_callable
 from nde.losses.samples import last_observed
 from nde.losses.series import as_series
 from nde.solvers.inputs import check_count
@@ -149,8 +149,9 @@ def likelihood(
         model: An Ito SDE: `model.drift(t, y, args)` and `model.diffusion(t, y, args)`, as of
             `euler_density`, of the state that is observed.
         batch: An `nde.train.Batch` whose data is `(ts, ys)`, shapes (examples, times) and (examples, times,
-            channels), or `(ts, ys, mask)`, as of `trajectory`. A time counts where all channels do; a
-            transition leads from one such time to the next.
+            channels), or `(ts, ys, mask)`, as of `trajectory` (nan is missing).
+            A time counts where all channels do; a transition leads from one such time
+            to the next.
         key: Of the density, if it draws.
         density: `density(drift, diffusion, t0, y0, t1, y1, args, key=key)`: `euler_density` or
             `bridge_density`, with its options bound by `functools.partial`.
