@@ -17,6 +17,7 @@ Reference:  Revisiting classifier two-sample tests (2017) | arXiv:1610.06545; A 
             (2012) | https://jmlr.org/papers/v13/gretton12a.html
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -139,15 +140,9 @@ def mmd(
     gram = kernel(pooled[:, :, None], pooled[:, None, :])
     gram = gram - jnp.diag(jnp.diagonal(gram))
 
-    def statistic(order: Array) -> Array:
-        first = (order < n).astype(gram.dtype)
-        seen, other = gram @ first, gram @ (1 - first)
-        within = first @ seen / (n * (n - 1)) + (1 - first) @ other / (m * (m - 1))
-        return within - 2 * (first @ other) / (n * m)
-
-    orders = jax.vmap(lambda key: jax.random.permutation(key, n + m))
-    null = jax.lax.map(statistic, orders(jax.random.split(key, permutations)))
-    value = statistic(jnp.arange(n + m))
+    keys = jax.random.split(key, permutations)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, n + m))(keys)
+    value, null = _discrepancies(gram, jnp.arange(n + m), orders, n)
     p_value = (1 + jnp.sum(null >= value)) / (permutations + 1)
     return SampleTest(np.asarray(value), np.asarray(p_value), float(jnp.std(null)))
 
@@ -194,12 +189,10 @@ def classifier(
         train.append(shuffled[:size])
         test.append(shuffled[size : 2 * size])
     train, test = jnp.concatenate(train), jnp.concatenate(test)
-    labels = jnp.repeat(jnp.array([1.0, 0.0]), size)
     at = np.unique(np.linspace(0, x.shape[1] - 1, times).round().astype(int))
-    train, test = _features(train[:, at], train[:, at]), _features(test[:, at], train[:, at])
-    accuracy = jnp.mean((test @ _logistic(train, labels) > 0) == (labels > 0.5))
+    accuracy = float(_held_out_accuracy(train[:, at], test[:, at]))
     error = 0.5 / math.sqrt(2 * size)
-    p_value = 0.5 * math.erfc((float(accuracy) - 0.5) / error / math.sqrt(2))
+    p_value = 0.5 * math.erfc((accuracy - 0.5) / error / math.sqrt(2))
     return SampleTest(np.asarray(accuracy), np.asarray(p_value), error)
 
 
@@ -287,6 +280,32 @@ def _kolmogorov(x: ArrayLike) -> np.ndarray:
     x = np.maximum(np.asarray(x, dtype=float), 0.2)
     k = np.arange(1, 40).reshape(-1, *[1] * x.ndim)
     return np.clip(2 * np.sum((-1.0) ** (k - 1) * np.exp(-2 * k**2 * x**2), axis=0), 0.0, 1.0)
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _discrepancies(
+    gram: Float[Array, "pooled pooled"], given: Array, orders: Array, n: int
+) -> tuple[Float[Array, ""], Float[Array, " orders"]]:
+    """The discrepancy of the first n of the pooled sample in each order; `gram` has a zero diagonal."""
+    m = gram.shape[0] - n
+
+    def statistic(order: Array) -> Array:
+        first = (order < n).astype(gram.dtype)
+        seen, other = gram @ first, gram @ (1 - first)
+        within = first @ seen / (n * (n - 1)) + (1 - first) @ other / (m * (m - 1))
+        return within - 2 * (first @ other) / (n * m)
+
+    return statistic(given), jax.lax.map(statistic, orders)
+
+
+@jax.jit
+def _held_out_accuracy(
+    train: Float[Array, "paths times channels"], test: Float[Array, "paths times channels"]
+) -> Float[Array, ""]:
+    """Of a classifier of the first half of the paths against the second, as large."""
+    labels = jnp.arange(train.shape[0]) < train.shape[0] // 2
+    weights = _logistic(_features(train, train), labels)
+    return jnp.mean((_features(test, train) @ weights > 0) == labels)
 
 
 def _features(paths: Array, reference: Array) -> Array:

@@ -134,3 +134,41 @@ def test_a_picture_goes_to_the_working_directory_and_says_where(tmp_path, monkey
     assert path == tmp_path / "picture.png" and path.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"picture: {path}\n"
     assert not plt.fignum_exists(figure.number)
+
+
+def test_fan_shows_the_bands_of_the_draws_and_the_data(ax):
+    ts, draws = np.arange(3.0), np.random.default_rng(0).normal(size=(500, 3, 2))
+    seen = ts[:2], np.ones((2, 2))
+    assert plot.fan(ts, draws, seen, ax, levels=(0.9,), channel=1, label="model") is ax
+    median, dots = ax.lines
+    np.testing.assert_allclose(median.get_ydata(), np.median(draws[..., 1], axis=0))
+    np.testing.assert_array_equal(dots.get_ydata(), [1, 1])
+    (band,) = ax.collections
+    corners = band.get_paths()[0].vertices
+    low, high = np.quantile(draws[:, 0, 1], [0.05, 0.95])
+    at_start = corners[corners[:, 0] == 0, 1]
+    assert (at_start.min(), at_start.max()) == pytest.approx((low, high))
+    plot.fan(ts, draws[..., 0], (ts, draws[:4]), ax)
+    assert len(ax.lines) == 2 + 1 + 4
+
+
+def test_marginals_put_data_left_and_model_right(ax):
+    ts, rng = np.arange(11.0), np.random.default_rng(0)
+    model, data = rng.normal(size=(400, 11, 1)), 2 * rng.normal(size=(300, 11, 1))
+    assert plot.marginals(ts, model, data, ax, at=[4, 8]) is ax
+    left, right = (patch.get_data() for patch in ax.patches[:2])
+    assert (left.baseline, right.baseline) == (4, 4)
+    assert np.all(left.values <= 4) and np.all(right.values >= 4)
+    assert 4.4 < right.values.max() < 8 - 4.4 + 4
+    areas = [abs(np.sum((s.values - 4) * np.diff(s.edges))) for s in (left, right)]
+    assert areas[0] == pytest.approx(areas[1])  # both are densities
+
+
+def test_fans_and_marginals_refuse_what_is_not_a_sample(ax):
+    ts, draws = np.arange(3.0), np.zeros((4, 3, 1))
+    with pytest.raises(ValueError, match="`paths` has times .* several paths at the same times"):
+        plot.fan(ts, draws[0], ax=ax)
+    with pytest.raises(ValueError, match="`channel` is 1 but `paths` has 1 channels"):
+        plot.fan(ts, draws, ax=ax, channel=1)
+    with pytest.raises(ValueError, match=r"`observed` has times of shape \(3,\)"):
+        plot.marginals(ts, draws, draws[:, 1:], ax)
