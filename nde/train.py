@@ -190,9 +190,9 @@ def _check_data_times(loss: Callable, data: Any) -> None:
     """The losses of nde know which array holds times, and are asked before jax rounds it."""
     while isinstance(loss, functools.partial):
         loss = loss.func
-    pair = isinstance(data, tuple | list) and len(data) > 1
-    if loss in losses.TIMES_FIRST and pair and isinstance(data[0], np.ndarray):
-        check_spacing("data[0]", data[0])
+    first = next(iter(data), None) if isinstance(data, tuple | list) else None
+    if loss in losses.TIMES_FIRST and isinstance(first, np.ndarray):
+        check_spacing("data[0]", first)
 
 
 def _count(name: str, value: Any, least: int) -> int:
