@@ -41,4 +41,4 @@ __all__ = [
 ]
 
 # Losses whose data begins with the times of the series, shape (examples, times).
-TIMES_FIRST = (trajectory,)
+TIMES_FIRST = (likelihood, path_score, trajectory)

@@ -32,10 +32,16 @@ def as_series(
             "shapes (examples, times) and (examples, times, channels), with two times or more. Repeat "
             "times that all examples share: jnp.tile(ts, (len(ys), 1)). One channel is ys[..., None]."
         )
-    ts, ys, *mask = data
+    return data[0], data[1], which_count(*data)
+
+
+def which_count(
+    ts: Float[Array, "examples times"],
+    ys: Float[Array, "examples times ..."],
+    mask: Bool[Array, "..."] | None = None,
+) -> Bool[Array, "examples times ..."]:
+    """The values that are there: not nan, not masked, not copies of the last time."""
     padded = (ts[:, 1:] == ts[:, :-1]) & (ts[:, 1:] == ts[:, -1:])
     observed = broadcast_mask(jnp.pad(~padded, ((0, 0), (1, 0)), constant_values=True), ys)
     observed = observed & ~jnp.isnan(ys)
-    if mask:
-        observed = observed & broadcast_mask(mask[0], ys)
-    return ts, ys, observed
+    return observed if mask is None else observed & broadcast_mask(mask, ys)

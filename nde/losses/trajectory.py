@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nde._inputs import check_callable
 from nde.losses.horizon import growing_horizon
+from nde.losses.series import which_count
 from nde.losses.squared_error import broadcast_mask, mse
 
 
@@ -108,11 +109,8 @@ def series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]:
             "given as iter(batches). For other data write a loss, of model.solve and losses.mse."
         )
     ts, ys, *mask = data
-    padded = (ts[:, 1:] == ts[:, :-1]) & (ts[:, 1:] == ts[:, -1:])
-    observed = jnp.pad(~padded, ((0, 0), (1, 0)), constant_values=True)
-    observed = broadcast_mask(observed, ys) & ~jnp.isnan(ys)
+    observed = which_count(ts, ys, *mask)
     if mask:
-        observed = observed & broadcast_mask(mask[0], ys)
         ys = eqx.error_if(
             ys,
             ~jnp.all(observed[:, 0]),
