@@ -75,6 +75,12 @@ def solved(
     )  # fmt: skip
 
 
+def few(cases, slow):
+    """The cases, those that only repeat what another one shows marked slow."""
+    marks = lambda name: [pytest.mark.slow] if name in slow else []
+    return [pytest.param(name, marks=marks(name)) for name in cases]
+
+
 ODE = diffrax.ODETerm(field)
 CLIP = diffrax.ClipStepSizeController(PID, step_ts=jnp.array([0.3]), jump_ts=jnp.array([0.6]))
 ODES = {
@@ -100,7 +106,7 @@ def with_and_without(case):
     return run(), run(integrand=work)
 
 
-@pytest.mark.parametrize("case", ODES)
+@pytest.mark.parametrize("case", few(ODES, ["diffrax", "times"]))
 def test_the_state_and_its_steps_are_those_without_the_integral(case):
     plain, both = with_and_without(case)
     y, _ = both.ys
@@ -114,7 +120,7 @@ def test_the_state_and_its_steps_are_those_without_the_integral(case):
         assert int(both.stats["nfe"]) == int(plain.stats["nfe"])
 
 
-@pytest.mark.parametrize("case", ODES)
+@pytest.mark.parametrize("case", few(ODES, ["diffrax", "times"]))
 def test_an_integral_of_the_field_is_the_way_gone(case):
     _, both = with_and_without(case)
     y, q = both.ys
@@ -188,7 +194,7 @@ SDES = {
 }
 
 
-@pytest.mark.parametrize("case", SDES)
+@pytest.mark.parametrize("case", few(SDES, ["Euler", "EulerHeun", "LevyHeun", "SPaRK"]))
 def test_an_integral_with_noise_is_the_way_gone_and_the_way_is_unchanged(case):
     solver, diffusion, path, noise, controller = SDES[case]
     adjoint = ReversibleAdjoint() if case == "ReversibleHeun" else DiscreteAdjoint()
@@ -263,7 +269,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("case", GRADIENTS)
+@pytest.mark.parametrize("case", few(GRADIENTS, ["explicit", "diagonal"]))
 def test_the_gradient_of_an_integral_equals_autodiff_for_a_batch(case):
     terms, solver, adjoint, noise = GRADIENTS[case]
     scaled = lambda f: None if f is None else lambda *x: 1e-6 * jnp.tanh(f(*x) * 1e-6)
