@@ -166,7 +166,7 @@ def least_squares(
     inverse = _inverse(jacobian.T @ jacobian)
     inflation = jnp.sum(jacobian**2, axis=0) * jnp.diagonal(inverse)
     names = _names(params)
-    _warn_collinear(names, inflation, inverse)
+    _warn_collinear(names, np.asarray(inflation), np.asarray(inverse))
     return Estimate(
         model=flat.model(found.value),
         cost=cost,
@@ -301,10 +301,9 @@ def _check_residuals(start: np.ndarray, parameters: int) -> None:
 
 
 def _warn_collinear(
-    names: list[str], inflation: Float[Array, " p"], inverse: Float[Array, "p p"]
+    names: list[str], inflation: Float[np.ndarray, " p"], inverse: Float[np.ndarray, "p p"]
 ) -> None:
     """Names the parameters that the data do not tell apart."""
-    inflation, inverse = np.asarray(inflation), np.asarray(inverse)
     size = np.sqrt(np.diagonal(inverse))
     with np.errstate(all="ignore"):
         correlation = np.abs(inverse / np.outer(size, size)) - np.eye(len(names))

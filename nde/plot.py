@@ -185,12 +185,13 @@ def marginals(
     """
     times, paths = _sample_paths("paths", ts, paths, channel)
     _, observed = _sample_paths("observed", ts, observed, channel)
-    if isinstance(at, int):
-        at = np.unique(np.linspace(0, times.size - 1, at + 1).round().astype(int))[1:]
+    rows = np.asarray(at)
+    if rows.ndim == 0:
+        rows = np.unique(np.linspace(0, times.size - 1, int(rows) + 1).round().astype(int))[1:]
     ax = _axis(ax)
-    where = times[np.asarray(at)]
+    where = times[rows]
     width = 0.45 * (np.diff(where).min() if where.size > 1 else 1.0)
-    for i, t in zip(at, where, strict=True):
+    for i, t in zip(rows, where, strict=True):
         both = np.concatenate([paths[:, i], observed[:, i]])
         edges = np.histogram_bin_edges(both, bins)
         counts = [np.histogram(side[:, i], edges, density=True)[0] for side in (observed, paths)]

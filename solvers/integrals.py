@@ -16,6 +16,7 @@ Cost:       that of a and b, at every evaluation of the field.
 Not for:    pairs of terms (separable systems): neither field sees the whole state.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +85,8 @@ def ride_along(
         else:
             riding.append(_RidingTerm(part, rate, noise if i == driven else None))
     adapts = isinstance(stepsize_controller, diffrax.AbstractAdaptiveStepSizeController)
-    controller = (_AdaptsToState if adapts else _StepsOfState)(stepsize_controller)
+    wrapper: Any = _AdaptsToState if adapts else _StepsOfState
+    controller = wrapper(stepsize_controller)
     together = diffrax.MultiTerm(*riding) if isinstance(terms, diffrax.MultiTerm) else riding[0]
     return together, (y0, q0), controller
 
@@ -212,7 +214,7 @@ class _AdaptsToState(_AbstractStepsOfState, diffrax.AbstractAdaptiveStepSizeCont
 class _NormOfState(eqx.Module):
     """The norm of y, or of a field value of y."""
 
-    inner: Callable[[PyTree[Array]], Array]
+    inner: Any
 
     def __call__(self, y: PyTree[Array]) -> Array:
         return self.inner(y[0])
@@ -240,8 +242,7 @@ def _rate(integrand, t, y, args) -> PyTree[Array]:
 def _contracted(b: PyTree[Array], control: PyTree[Array]) -> Array:
     """b . dW, over all axes of dW."""
     parts = jax.tree.map(lambda x, w: jnp.tensordot(x, _cast(w, x.dtype), jnp.ndim(w)), b, control)
-    first, *rest = jax.tree.leaves(parts)
-    return sum(rest, start=first)
+    return functools.reduce(jnp.add, jax.tree.leaves(parts))
 
 
 def _cast(tree: PyTree[Array], dtype: jnp.dtype) -> PyTree[Array]:
