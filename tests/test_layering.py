@@ -25,6 +25,15 @@ FLOORS = {
     **dict.fromkeys(["plot", "__init__"], 4),
 }
 MODELS = 1
+# The rooms of `nde.solvers`, and its single files: the same rule.
+ROOMS = {
+    **dict.fromkeys(["_compat", "inputs", "trees", "integrals"], 0),
+    **dict.fromkeys(["brownian", "lanes", "methods"], 1),
+    **dict.fromkeys(["estimates", "reversible"], 2),
+    "adjoint": 3,
+    "failures": 4,
+    "__init__": 5,
+}
 NOT_IN_SOLVERS = ("equinox.nn", "optax", "matplotlib", "tqdm", "sklearn", "torch")
 ABOVE = ("examples", "tests", "benchmarks", "docs")
 RUNTIME = {"jax", "equinox", "diffrax", "optax", "optimistix", "lineax", "jaxtyping", "numpy"}
@@ -86,6 +95,8 @@ def breaches(module: str, source: str) -> set[str]:
                 top == "nde" and name != "nde" and not under(name, "nde.solvers")
             ):
                 found.add(f"solvers must not know {name}")
+            elif under(name, "nde.solvers") and name.count(".") > 1:
+                found |= misplaced_room(module.split(".")[2], name.split(".")[2])
         elif top == "nde" and name.count(".") and not under(name, "nde.solvers"):
             found |= misplaced(module.split(".")[1], name.split(".")[1])
     return found
@@ -110,6 +121,35 @@ def misplaced(here: str, there: str) -> set[str]:
     return set()
 
 
+def misplaced_room(here: str, there: str) -> set[str]:
+    """Whether `nde.solvers.here` may import `nde.solvers.there`."""
+    if there in ROOMS and ROOMS[there] > ROOMS.get(here, 0):
+        return {f"{here} imports {there}, which stands above it"}
+    return set()
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which of the modules each one imports, anywhere in its code. A package is its `__init__`."""
+    graph = {}
+    for module, source in sources.items():
+        found = set()
+        for name in used_names(module, source):
+            parts = name.split(".")
+            prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+            found |= set([p for p in prefixes if p in sources][:1])
+        graph[module] = found - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """What is left when modules that import none that is left are taken away, one after the other."""
+    left = dict(graph)
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    return sorted(left)
+
+
 def files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -129,6 +169,30 @@ def test_no_file_breaks_the_one_way_rule(path):
 def test_every_module_has_a_floor(path):
     name = path.relative_to(ROOT / "nde").with_suffix("").parts[0]  # a package stands as one
     assert name in FLOORS, f"say in FLOORS where nde/{name} stands"
+
+
+@pytest.mark.parametrize("path", files("solvers"), ids=name_of)
+def test_every_room_of_solvers_has_a_floor(path):
+    name = path.relative_to(ROOT / "solvers").with_suffix("").parts[0]
+    assert name in ROOMS, f"say in ROOMS where solvers/{name} stands"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    package = lambda path: module_of(path).removesuffix(".__init__")
+    sources = {package(path): path.read_text() for path in files("nde", "solvers")}
+    assert circle(import_graph(sources)) == []
+
+
+def test_the_check_sees_a_circle():
+    a = "from nde.solvers.lanes import b"
+    b = "def f():\n    from nde.solvers.lanes.a import g"
+    c = "from nde.solvers.lanes import a\nimport jax"
+    sources = dict(
+        zip(["nde.solvers.lanes.a", "nde.solvers.lanes.b", "nde.c"], [a, b, c], strict=True)
+    )
+    assert circle(import_graph(sources)) == ["nde.c", "nde.solvers.lanes.a", "nde.solvers.lanes.b"]
+    sources["nde.solvers.lanes.b"] = "import jax"
+    assert circle(import_graph(sources)) == []
 
 
 @pytest.mark.parametrize(
@@ -151,6 +215,12 @@ def test_every_module_has_a_floor(path):
         ),
         ("nde.solvers.lanes.primitives", "import jax\njax.interpreters.ad", "not public"),
         ("nde.solvers.lanes.primitives", "from jax.extend.core import Primitive", "not public"),
+        (
+            "nde.solvers.lanes.donors",
+            "from nde.solvers.adjoint.forward import choose",
+            "lanes imports adjoint, which stands above it",
+        ),
+        ("nde.solvers.reversible.ees", "from nde.solvers import failures", "stands above it"),
         ("nde.ode", "import equinox.internal as eqxi", "equinox.internal is not public"),
         ("nde.ode", "import equinox as eqx\neqx.internal.while_loop", "not public"),
         ("tests.numerics.x", "from diffrax._solver import tsit5", "not public"),
@@ -172,7 +242,7 @@ def test_the_check_sees_a_breach(module, source, breach):
         ("nde.solvers._compat", "from jax.interpreters import ad"),
         (
             "nde.solvers.brownian.grid",
-            "from nde.solvers.lanes.primitives import Lanes\nimport math",
+            "from nde.solvers.lanes.batch import Lanes\nimport math",
         ),
         ("nde.train", "import optax\nfrom nde.ode import NeuralODE\nfrom nde import losses"),
         ("nde.ode", "import jax\nfrom nde.solvers import DiscreteAdjoint\njax.__version__"),

@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 from nde.solvers.adjoint.noise import covered
 from nde.solvers.adjoint.traced import Start, code
 from nde.solvers.brownian import BrownianGrid
+from nde.solvers.lanes.primitives import largest
 
 
 def check_options(
@@ -170,6 +171,6 @@ def stop_bad_start(start: Start, dt0: Array | None, terms: PyTree, throw: bool) 
         messages = [fault.message for fault in faults]
         # A batch reports the largest number of its lanes, so a good lane must have the smallest.
         is_bad = first < len(faults)
-        first = jnp.where(is_bad, first, 0)
+        first = largest(jnp.where(is_bad, first, 0))
         start = start._replace(t1=eqx.branched_error_if(start.t1, is_bad, first, messages))
     return start._replace(result=result)

@@ -6,7 +6,7 @@ through just these steps, backwards:
     ct_n = (d step / d y)^T ct_{n+1},      ct_p += (d step / d p)^T ct_{n+1},
 
 with the cotangents of saved outputs added where they were saved. The step sizes carry no gradient, and
-rejected steps do not take part. The states y_n come from the tape (`tape`) or from a replay (`replay`).
+rejected steps do not take part. The states y_n come from the tape (`tape`) or from a replay (`backward`).
 
 Cost:       one gradient is 2 F + 1 B per step up to `checkpoints` accepted steps; with up to m times as
             many, m = 2, 4, 8, ..., all but every m-th step are replayed, 1 - 1/m F more per step (F: the
@@ -17,19 +17,21 @@ Memory:     2 `checkpoints` states, or about 4 sqrt(max_steps) if that is more; 
 Reference:  On Neural Differential Equations, Kidger (2022), section 5.1 | arXiv:2202.02435
 """
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
+from jaxtyping import Array
 
-from nde.solvers.adjoint import backward as replay
 from nde.solvers.adjoint import loop
-from nde.solvers.adjoint import tape as tapes
-from nde.solvers.adjoint.forward import Moving
-from nde.solvers.adjoint.solve import AbstractSolve, Gradients
+from nde.solvers.adjoint.backward import BackwardCarry, Cotangents, run_backward
+from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import stepper_for
+from nde.solvers.adjoint.tape import Doubling, Trail, doubling
 from nde.solvers.adjoint.traced import Start, Traced
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
-from nde.solvers.lanes.donors import cleared
+from nde.solvers.lanes.batch import Lanes
 
 
 class DiscreteAdjoint(diffrax.AbstractAdjoint):
@@ -66,7 +68,8 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
     def __check_init__(self) -> None:
         check_count("checkpoints", self.checkpoints)
 
-    def loop(self, **options):
+    def loop(self, **options: Any) -> tuple[Any, dict[str, Array]]:
+        """Called by `diffrax.diffeqsolve`."""
         loop.check(options)
         lacking = loop.lacking(options)
         if lacking is not None and self.estimates is not None:
@@ -82,24 +85,28 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
         make = lambda traced, start: _StoredSolve(
             traced, start, options["max_steps"], self.checkpoints
         )
-        final, stats, _ = loop.run("DiscreteAdjoint", options, stepper, make, self.estimates)
+        final, stats, _ = loop.solve_with("DiscreteAdjoint", options, stepper, make, self.estimates)
         return final, stats
 
 
 class _StoredSolve(AbstractSolve):
     adjoint = "DiscreteAdjoint"
+    keeps_end = False
 
     def __init__(self, traced: Traced, start: Start, max_steps: int, checkpoints: int):
-        self._states = tapes.plan(checkpoints, max_steps)
+        self._plan = doubling(checkpoints, max_steps)
         super().__init__(traced, start, max_steps)
 
-    def states(self) -> tapes.Doubling:
-        return self._states
+    def plan(self) -> Doubling:
+        return self._plan
 
-    def keep(self, out: Moving) -> replay.Trail:
-        return replay.kept_trail(out)
-
-    def pull_back(self, traced, consts, start, batch, kept, ct, wanted) -> Gradients:
-        trail = replay.opened(kept)
-        out = replay.run(traced, consts, start.ts, batch, trail, ct, wanted, self._states)
-        return Gradients(out.y, out.state, cleared(trail.steps > 0, out.consts, batch))
+    def pull_back(
+        self,
+        lanes: Lanes,
+        consts: list[Array],
+        ts: tuple[Array, ...],
+        trail: Trail,
+        cts: Cotangents,
+        wanted: dict[int, Array],
+    ) -> BackwardCarry:
+        return run_backward(self.traced, consts, ts, lanes, trail, cts, wanted, self._plan)

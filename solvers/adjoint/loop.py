@@ -14,8 +14,9 @@ from jaxtyping import Array
 
 from nde.solvers.adjoint import checks
 from nde.solvers.adjoint.cost import Wanted
-from nde.solvers.adjoint.forward import Moving
-from nde.solvers.adjoint.solve import AbstractSolve, begin, finish
+from nde.solvers.adjoint.forward import ForwardCarry
+from nde.solvers.adjoint.solve import AbstractSolve
+from nde.solvers.adjoint.state import begin, finish
 from nde.solvers.adjoint.stepper import AbstractStepper
 from nde.solvers.adjoint.traced import Start, Traced, trace
 from nde.solvers.estimates.estimates import Estimates, judge_for, reduced
@@ -28,8 +29,13 @@ def check(options: Options) -> None:
     """Refuses what no adjoint could solve."""
     if options["max_steps"] is not None:
         check_count("max_steps", options["max_steps"])
-    check_tolerances(options["stepsize_controller"], options["init_state"].y)
     y0 = options["init_state"].y
+    if not jax.tree.leaves(y0):
+        raise ValueError(
+            f"`y0` is {y0!r}, which holds no array: there is nothing to solve. Give the state as an "
+            "array, or as a pytree of arrays."
+        )
+    check_tolerances(options["stepsize_controller"], y0)
     checks.check_vector_field(options["terms"], options["t0"], y0, options["args"])
     checks.check_noise(options["terms"], options["stepsize_controller"])
 
@@ -56,13 +62,13 @@ def stopped(tree: Any, controller: diffrax.AbstractStepSizeController) -> Any:
     return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if shared(x) else x, tree)
 
 
-def run(
+def solve_with(
     name: str,
     options: Options,
     stepper: AbstractStepper,
     make: Callable[[Traced, Start], AbstractSolve],
     estimates: Estimates | None,
-) -> tuple[Any, dict[str, Array], Moving]:
+) -> tuple[Any, dict[str, Array], ForwardCarry]:
     """Solves; returns diffrax's final state, the statistics, and the last state of the loop."""
     saveat, init_state, dt0 = options["saveat"], options["init_state"], options["dt0"]
     t0, t1, args = options["t0"], options["t1"], options["args"]

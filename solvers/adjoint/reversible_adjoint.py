@@ -2,7 +2,7 @@ r"""The reversible adjoint: exact gradients of the numerical solution without st
 
 A reversible solver reconstructs step n from step n + 1, and the field value that this needs is the
 primal of the transpose that the gradient needs: both together cost one evaluation and one transpose
-(`rewind`). Nothing is stored but the accepted step times.
+(`reversal`). Nothing is stored but the accepted step times.
 
 In floating point the reversal amplifies rounding where the field contracts: by exp(|h lambda|) per step
 for the flow itself, by 1 / lam for damped couplings. So by default the state is kept every
@@ -24,7 +24,7 @@ Not for:    stiff fields: use `DiscreteAdjoint`.
 Reference:  Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
 """
 
-from typing import cast
+from typing import Any, cast
 
 import diffrax
 import equinox as eqx
@@ -32,18 +32,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from nde.solvers.adjoint import backward as replay
-from nde.solvers.adjoint import loop, rewind
+from nde.solvers.adjoint import loop
 from nde.solvers.adjoint import tape as tapes
-from nde.solvers.adjoint.forward import Moving, choose
-from nde.solvers.adjoint.rewind import Rehearsed, mismatch
-from nde.solvers.adjoint.solve import AbstractSolve, Gradients
+from nde.solvers.adjoint.backward import BackwardCarry, Cotangents
+from nde.solvers.adjoint.forward import ForwardCarry
+from nde.solvers.adjoint.reversal import TracedReversal, mismatch, run_reversed, trace_reversal
+from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import ReversibleStepper
 from nde.solvers.adjoint.traced import Start, Traced
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
-from nde.solvers.lanes.donors import cleared
-from nde.solvers.lanes.primitives import Batch
+from nde.solvers.lanes.batch import Lanes, choose
 from nde.solvers.reversible.solver import AbstractReversibleSolver
 
 
@@ -78,7 +77,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         if self.checkpoint_every is not None:
             check_count("checkpoint_every", self.checkpoint_every, ", or None to store nothing")
 
-    def loop(self, **options):
+    def loop(self, **options: Any) -> tuple[Any, dict[str, Array]]:
+        """Called by `diffrax.diffeqsolve`."""
         solver = options["solver"]
         if not issubclass(type(solver), AbstractReversibleSolver):
             raise TypeError(
@@ -96,66 +96,74 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
         stepper = ReversibleStepper(solver, options["terms"], options["args"])
 
         def make(traced: Traced, start: Start) -> AbstractSolve:
-            rehearsed = rewind.rehearse(traced, solver, stepper.terms, stepper.args, start)
+            reversal = trace_reversal(traced, solver, stepper.terms, stepper.args, start)
             every = self.checkpoint_every
             return _ReversedSolve(
-                traced, start, options["max_steps"], rehearsed, every, self.certify
+                traced, start, options["max_steps"], reversal, every, self.certify
             )
 
-        final, stats, out = loop.run("ReversibleAdjoint", options, stepper, make, self.estimates)
+        final, stats, out = loop.solve_with(
+            "ReversibleAdjoint", options, stepper, make, self.estimates
+        )
         return final, stats | dict(out.extra)
 
 
 class _ReversedSolve(AbstractSolve):
     adjoint = "ReversibleAdjoint"
+    keeps_end = True
 
     def __init__(
         self,
         traced: Traced,
         start: Start,
         max_steps: int,
-        rehearsed: Rehearsed,
+        reversal: TracedReversal,
         every: int | None,
         certify: bool,
     ):
         every = None if every is None else min(every, max_steps)
-        self._rehearsed, self._every, self.examines = rehearsed, every, certify
+        self._reversal, self._every = reversal, every
+        self.examines = certify
         super().__init__(traced, start, max_steps)
 
-    def states(self) -> tapes.Every:
+    def plan(self) -> tapes.Every:
         every = self._every or self.max_steps
         return tapes.Every(0 if self._every is None else -(-self.max_steps // every), every)
 
-    def keep(self, out: Moving) -> tuple[replay.Trail, PyTree[Array]]:
-        end = jax.tree.map(lambda x: x[None], (out.y, out.state))
-        return replay.kept_trail(out), end
+    def pull_back(
+        self,
+        lanes: Lanes,
+        consts: list[Array],
+        ts: tuple[Array, ...],
+        trail: tapes.Trail,
+        cts: Cotangents,
+        wanted: dict[int, Array],
+    ) -> BackwardCarry:
+        args = (consts, ts, lanes, trail, cts, wanted, self._every)
+        return run_reversed(self.traced, self._reversal, *args)
 
-    def pull_back(self, traced, consts, start, batch, kept, ct, wanted) -> Gradients:
-        trail, end = kept
-        trail, end = replay.opened(trail), jax.tree.map(lambda x: x[0], end)
-        args = (consts, start.ts, batch, trail, end, ct, wanted, self._every)
-        out = rewind.run(traced, self._rehearsed, *args)
-        return Gradients(out.y, out.state, cleared(trail.steps > 0, out.consts, batch))
-
-    def examine(self, consts, start, batch, out) -> dict[str, Array]:
+    def examine(
+        self, consts: list[Array], start: Start, lanes: Lanes, out: ForwardCarry
+    ) -> dict[str, Array]:
         if not self.examines:
             return {}
-        found = certificate(self.traced, self._rehearsed, consts, start, batch, out, self._every)
-        return dict(zip(("drift", "split"), found, strict=True))
+        at = (consts, start, lanes, out)
+        drift, split = certificate(self.traced, self._reversal, *at, self._every)
+        return {"drift": drift, "split": split}
 
 
 def certificate(
     traced: Traced,
-    rehearsed: Rehearsed,
+    reversal: TracedReversal,
     consts: list[Array],
     start: Start,
-    batch: Batch,
-    out: Moving,
+    lanes: Lanes,
+    out: ForwardCarry,
     every: int | None,
 ) -> tuple[Array, Array]:
     """Drift and split of a solve, by un-stepping it from its end (or from every stored state)."""
-    solver, tape, steps = rehearsed.solver, cast(tapes.Tape, out.tape), out.accepted
-    retreat = batch.per_lane(rehearsed.retreat)
+    solver, tape, steps = reversal.solver, cast(tapes.Tape, out.tape), out.accepted
+    retreat = lanes.per_lane(reversal.retreat)
     zero = jnp.zeros(steps.shape, jnp.result_type(*jax.tree.leaves((out.y, out.state))))
 
     def gap(y: PyTree[Array], state: PyTree[Array]) -> Array:
@@ -180,7 +188,7 @@ def certificate(
         split = jnp.where(here, jnp.maximum(split, gap(*stored)), split)
         return choose(here, stored, (y, state)), drift, split, memory
 
-    memory, draw = traced.memory_of(consts, batch, start.tprev), traced.drawing(consts, batch)
+    memory, draw = traced.memory_of(consts, lanes, start.tprev), traced.drawing(consts, lanes)
     first = ((out.y, out.state), zero, gap(out.y, out.state), memory)
     _, drift, split, _ = jax.lax.fori_loop(0, jnp.max(steps), undo, first)
     return drift, split

@@ -1,7 +1,7 @@
 """What the loop needs of a solver: a step to try, and a step to differentiate.
 
-`attempt` is the whole step, error estimate included. `advance` is the part of it that the solution
-depends on; the backward pass repeats and transposes this one. Between steps two things travel:
+`attempt` is the step with its error estimate. `advance` is the part of it that the solution depends on;
+the backward pass repeats and transposes this one. Between steps two things travel:
 
     state   the solver's own, part of the solution: stored and differentiated (reversible Heun's copy)
     cache   a value that only saves work, as the last stage of an FSAL method: neither stored nor
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers.adjoint.cost import Evaluations, Wanted, of_solver
-from nde.solvers.estimates import estimates as heuristics
+from nde.solvers.estimates import estimates
 from nde.solvers.methods import explicit_rk
 from nde.solvers.reversible.coupling import Step
 from nde.solvers.reversible.solver import AbstractReversibleSolver, State
+
+Jump = Array | bool  # whether the field jumped at t0; False where it never does
 
 
 class Attempt(NamedTuple):
@@ -36,7 +38,7 @@ class Attempt(NamedTuple):
     dense_info: PyTree[Array]
     state: PyTree[Array]
     cache: PyTree[Array]
-    result: diffrax.RESULTS
+    result: diffrax.RESULTS = diffrax.RESULTS.successful
 
 
 class Advance(NamedTuple):
@@ -57,8 +59,8 @@ class AbstractStepper(eqx.Module):
     terms: eqx.AbstractVar[PyTree[diffrax.AbstractTerm]]
     args: eqx.AbstractVar[Any]
 
-    def bare(self) -> "AbstractStepper":
-        """The stepper where nothing needs more of an attempt than `advance` gives unless `whole`."""
+    def without_error(self) -> "AbstractStepper":
+        """The stepper for a solve that uses no error estimate, stages or dense output."""
         return self
 
     def hands_over(self) -> bool:
@@ -72,10 +74,10 @@ class AbstractStepper(eqx.Module):
     def init(self, t0: Array, t1: Array, y0: PyTree[Array]) -> PyTree[Array]:
         """The state to start from, where the user has passed none."""
         state = self.state(self.solver.init(self.terms, t0, t1, y0, self.args))
-        return self.settled(t0, y0, state)
+        return self.with_first_stage(t0, y0, state)
 
-    def settled(self, t0: Array, y0: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
-        """The same, given the state that diffrax has prepared."""
+    def with_first_stage(self, t0: Array, y0: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
+        """A solver's state, its first stage evaluated at (t0, y0) if it holds one."""
         del t0, y0
         return state
 
@@ -83,18 +85,40 @@ class AbstractStepper(eqx.Module):
         """The cache at (t, y, state)."""
         raise NotImplementedError
 
-    def attempt(self, t0, t1, y0, state, cache, made_jump) -> Attempt:
+    def attempt(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        state: PyTree[Array],
+        cache: PyTree[Array],
+        made_jump: Jump,
+    ) -> Attempt:
+        """Tries a step from t0 to t1."""
         raise NotImplementedError
 
-    def advance(self, t0, t1, y0, state, made_jump, whole: bool, cache=None) -> Advance:
-        """The step without what nothing depends on; only y1 and the state unless `whole`."""
+    def advance(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        state: PyTree[Array],
+        made_jump: Jump,
+        with_error: bool,
+        cache: PyTree[Array] = None,
+    ) -> Advance:
+        """Recomputes one accepted step for differentiation: y1 and the solver's state; `with_error` also
+        the error estimate, the stages and the dense output.
+        """
         raise NotImplementedError
 
-    def final_state(self, t, y, state) -> PyTree[Array]:
+    def final_state(self, t: Array, y: PyTree[Array], state: PyTree[Array]) -> PyTree[Array]:
         """The state in diffrax's form, for `SaveAt(solver_state=True)`."""
         raise NotImplementedError
 
-    def evaluations(self, t0, t1, y0, state, wanted: Wanted) -> Evaluations:
+    def evaluations(
+        self, t0: Array, t1: Array, y0: PyTree[Array], state: PyTree[Array], wanted: Wanted
+    ) -> Evaluations:
         """What a solve costs."""
         raise NotImplementedError
 
@@ -107,11 +131,11 @@ class UnrolledStepper(AbstractStepper):
     args: Any
     tableau: diffrax.ButcherTableau = eqx.field(static=True)
     carries_last_stage: bool = eqx.field(static=True)
-    whole: bool = eqx.field(default=True, static=True)  # an attempt has an error estimate
+    with_error: bool = eqx.field(default=True, static=True)  # of an attempt
 
-    def bare(self):
+    def without_error(self):
         # As many evaluations a step, and none to begin with: the last stage is not carried over.
-        return dataclasses.replace(self, carries_last_stage=False, whole=False)
+        return dataclasses.replace(self, carries_last_stage=False, with_error=False)
 
     def hands_over(self):
         return self.carries_last_stage
@@ -126,18 +150,25 @@ class UnrolledStepper(AbstractStepper):
 
     def attempt(self, t0, t1, y0, state, cache, made_jump):
         del state, made_jump  # after a jump the loop has refreshed the cache
-        y1, _, error, ks, info, cache = self.advance(t0, t1, y0, None, False, self.whole, cache)
-        return Attempt(y1, error, ks, info, None, cache, diffrax.RESULTS.successful)
+        out = self.advance(t0, t1, y0, None, False, self.with_error, cache)
+        return Attempt(
+            y1=out.y1,
+            y_error=out.y_error,
+            ks=out.ks,
+            dense_info=out.dense_info,
+            state=None,
+            cache=out.cache,
+        )
 
-    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
+    def advance(self, t0, t1, y0, state, made_jump, with_error, cache=None):
         del state, made_jump
         tableau, control = self.tableau, self.terms.contr(t0, t1)
-        count = tableau.num_stages if whole else explicit_rk.needed_stages(tableau)
+        count = tableau.num_stages if with_error else explicit_rk.needed_stages(tableau)
         ks, y_last, f_last = explicit_rk.stages(
             tableau, self.terms, t0, t1, control, y0, self.args, count, cache
         )
         y1 = explicit_rk.solution(tableau, y0, ks, y_last)
-        if not whole:
+        if not with_error:
             return Advance(y1, None)
         y_error = explicit_rk.combine(None, tableau.b_error, ks)
         cache = f_last if self.carries_last_stage else None
@@ -150,9 +181,9 @@ class UnrolledStepper(AbstractStepper):
         return None
 
     def evaluations(self, t0, t1, y0, state, wanted):
-        del wanted  # `bare` knows
+        del wanted  # `without_error` knows
         stages = self.tableau.num_stages
-        if not self.whole:
+        if not self.with_error:
             return Evaluations(0, explicit_rk.needed_stages(self.tableau))
         return Evaluations(1, stages - 1, 1) if self.carries_last_stage else Evaluations(0, stages)
 
@@ -180,12 +211,18 @@ class ReversibleStepper(AbstractStepper):
     def attempt(self, t0, t1, y0, state, cache, made_jump):
         y1, others, records, info = self._step(t0, t1, y0, state, cache, made_jump)
         cache = records[-1].field if self.solver.shared_ends else None
-        error = self.solver.error(records)
-        return Attempt(y1, error, None, info, others, cache, diffrax.RESULTS.successful)
+        return Attempt(
+            y1=y1,
+            y_error=self.solver.error(records),
+            ks=None,
+            dense_info=info,
+            state=others,
+            cache=cache,
+        )
 
-    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
+    def advance(self, t0, t1, y0, state, made_jump, with_error, cache=None):
         y1, others, records, info = self._step(t0, t1, y0, state, None, made_jump)
-        if not whole:
+        if not with_error:
             return Advance(y1, others)
         return Advance(y1, others, self.solver.error(records), None, info)
 
@@ -193,8 +230,8 @@ class ReversibleStepper(AbstractStepper):
         return self.solver.refresh(self.terms, t, y, State(state, None), self.args)
 
     def evaluations(self, t0, t1, y0, state, wanted):
-        whole = jax.eval_shape(lambda: State(state, self.cache(t0, y0, state)))
-        return of_solver(self.solver, self.terms, self.args, t0, t1, y0, whole, wanted)
+        full = jax.eval_shape(lambda: State(state, self.cache(t0, y0, state)))
+        return of_solver(self.solver, self.terms, self.args, t0, t1, y0, full, wanted)
 
 
 class SolverStepper(AbstractStepper):
@@ -207,7 +244,7 @@ class SolverStepper(AbstractStepper):
     def state(self, passed):
         return jax.tree.map(jnp.asarray, passed)
 
-    def settled(self, t0, y0, state):
+    def with_first_stage(self, t0, y0, state):
         if not self._has_last_stage(state):
             return state
         # Where one lane begins, or begins anew, diffrax evaluates the first stage in all. In the others
@@ -229,21 +266,28 @@ class SolverStepper(AbstractStepper):
 
     def _step(self, t0, t1, y0, state, made_jump):
         if made_jump is not False and self._has_last_stage(state):
-            fresh = self.settled(t0, y0, state)
+            fresh = self.with_first_stage(t0, y0, state)
             state = jax.tree.map(lambda a, b: jnp.where(made_jump, a, b), fresh, state)
             made_jump = False
         return self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump)
 
     def attempt(self, t0, t1, y0, state, cache, made_jump):
         y1, y_error, dense_info, state, result = self._step(t0, t1, y0, state, made_jump)
-        ks = heuristics.stages(dense_info)
-        return Attempt(y1, y_error, ks, dense_info, state, None, result)
+        return Attempt(
+            y1=y1,
+            y_error=y_error,
+            ks=estimates.stages(dense_info),
+            dense_info=dense_info,
+            state=state,
+            cache=None,
+            result=result,
+        )
 
-    def advance(self, t0, t1, y0, state, made_jump, whole, cache=None):
+    def advance(self, t0, t1, y0, state, made_jump, with_error, cache=None):
         y1, y_error, dense_info, state, _ = self._step(t0, t1, y0, state, made_jump)
-        if not whole:
+        if not with_error:
             return Advance(y1, state)
-        return Advance(y1, state, y_error, heuristics.stages(dense_info), dense_info)
+        return Advance(y1, state, y_error, estimates.stages(dense_info), dense_info)
 
     def final_state(self, t, y, state):
         return state
@@ -253,7 +297,12 @@ class SolverStepper(AbstractStepper):
 
 
 def stepper_for(
-    solver: diffrax.AbstractSolver, terms: PyTree[diffrax.AbstractTerm], args: Any, t0, t1, y0
+    solver: diffrax.AbstractSolver,
+    terms: PyTree[diffrax.AbstractTerm],
+    args: Any,
+    t0: Array,
+    t1: Array,
+    y0: PyTree[Array],
 ) -> AbstractStepper:
     """Chooses how the solver is run."""
     tableau = explicit_rk.tableau_of(solver)

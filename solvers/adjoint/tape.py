@@ -70,7 +70,7 @@ class Every(NamedTuple):
         return jnp.where(k % self.steps == 0, k // self.steps, self.rows)
 
 
-def plan(checkpoints: int, max_steps: int) -> Doubling:
+def doubling(checkpoints: int, max_steps: int) -> Doubling:
     """Slots, and rows for the longest stride that `max_steps` can lead to.
 
     Both are about sqrt(max_steps) once that is more than `checkpoints`.
@@ -118,17 +118,28 @@ def get(rows: PyTree[Array], index: Int[Array, "..."]) -> PyTree[Array]:
     return jax.tree.map(read, rows)
 
 
-def start(
-    keep: Doubling | Every, state: PyTree[Array], t0: Array, jump: Array | None, steps: int
+class Trail(NamedTuple):
+    """What the forward loop leaves for the backward loop."""
+
+    tape: Tape
+    steps: Int[Array, " lanes"]  # accepted steps; -1 where the solve failed
+    ts_index: tuple[Int[Array, " lanes"], ...]  # how many save times were reached, per `SubSaveAt`
+    end: PyTree[Array] = None  # the last state, for a reversal to begin with
+
+
+def empty(
+    plan: Doubling | Every, state: PyTree[Array], t0: Array, jump: Array | None, steps: int
 ) -> Tape:
     """A tape with nothing on it yet. `jump` is None where the field cannot jump."""
-    starts, jumps = (None, None) if jump is None else (blank(t0, steps + 2), blank(jump, steps + 2))
-    states = blank(state, keep.rows + 1 + keep.spare) if keep.rows else None
-    return Tape(states, blank(t0, steps + 2), starts, jumps)
+    states = blank(state, plan.rows + 1 + plan.spare) if plan.rows else None
+    knots = blank(t0, steps + 2)
+    if jump is None:
+        return Tape(states, knots, None, None)
+    return Tape(states, knots, blank(t0, steps + 2), blank(jump, steps + 2))
 
 
 def record(
-    keep: Doubling | Every,
+    plan: Doubling | Every,
     tape: Tape,
     k: Int[Array, "..."],
     accept: Bool[Array, " lanes"],
@@ -142,11 +153,11 @@ def record(
     With an index common to all lanes, lanes that do not accept write a step of length zero.
     """
     last = tape.knots.shape[0] - 1
-    where, row = keep.row(k), k
+    state_row, row = plan.row(k), k
     if jnp.ndim(k) > 0:
-        where, row = jnp.where(accept, where, keep.rows), jnp.where(accept, k, last)
+        state_row, row = jnp.where(accept, state_row, plan.rows), jnp.where(accept, k, last)
     return Tape(
-        None if tape.states is None else put(tape.states, where, state),
+        put(tape.states, state_row, state) if plan.rows else None,
         put(tape.knots, row + 1, jnp.where(accept, t1, t0)),
         None if tape.starts is None else put(tape.starts, row, t0),
         None if tape.jumps is None else put(tape.jumps, row, jump),

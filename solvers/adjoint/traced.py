@@ -1,8 +1,8 @@
 """A diffrax solve, traced: what the forward and backward loops of an adjoint run on.
 
 diffrax hands an adjoint its terms, solver, controller and first state. Here these become a few closed
-functions of one lane (`hoist`) and a record of arrays to start from, and nothing else: the loops of
-`forward` and `replay` know no diffrax.
+functions of one lane (`closures`) and a record of arrays to start from, and nothing else: the loops of
+`forward` and `backward` know no diffrax.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from jaxtyping import Array, PyTree
 from nde.solvers.adjoint.noise import Noise, noise_of, with_terms
 from nde.solvers.adjoint.stepper import AbstractStepper
 from nde.solvers.estimates.estimates import Judge, Judged
-from nde.solvers.lanes.closures import Hoisted, Pool
-from nde.solvers.lanes.primitives import Batch
+from nde.solvers.lanes.batch import Lanes
+from nde.solvers.lanes.closures import ClosedFunction, Pool
 
 
 class Start(NamedTuple):
@@ -36,10 +36,10 @@ class Start(NamedTuple):
     ts: tuple[Array, ...]  # one per `SubSaveAt` that is filled in the loop
 
 
-class Step(NamedTuple):
+class Outcome(NamedTuple):
     """What one attempt leads to, in one lane; the state is that of a step which is accepted."""
 
-    keep: Array
+    accept: Array
     y: PyTree[Array]
     state: PyTree[Array]
     cache: PyTree[Array]
@@ -64,8 +64,8 @@ class Save:
     offset: int
     times: int
     every: int  # every so many steps; 0: not
-    at_time: Hoisted | None  # (t0, t1, dense_info, t) -> output
-    at_step: Hoisted | None  # (t, y) -> output
+    at_time: ClosedFunction | None  # (t0, t1, dense_info, t) -> output
+    at_step: ClosedFunction | None  # (t, y) -> output
     plain: bool  # y itself
     out: PyTree[jax.ShapeDtypeStruct]
 
@@ -74,7 +74,8 @@ class Save:
         """Whether outputs can be pulled back without knowing the state: y itself, at steps."""
         return self.at_time is None and self.plain
 
-    def row(self, index: Array, accepted: Array) -> Array:
+    def output_row(self, index: Array, accepted: Array) -> Array:
+        """Where save time `index` goes after so many accepted steps."""
         return self.offset + index + (accepted // self.every if self.every else 0)
 
 
@@ -84,11 +85,11 @@ class Traced:
 
     pool: Pool
     stepper: AbstractStepper  # for tracing, and for what is known of it beforehand
-    memory: Hoisted | None  # t -> memory of the noise; None where no path remembers
-    draw: Hoisted | None  # (t0, t1, memory) -> (increments, memory)
-    attempt: Hoisted  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Step
-    advance: Hoisted  # (y, inner, t0, t1, made_jump) -> (y, inner, dense_info, judged)
-    cache: Hoisted  # (t, y, state) -> cache
+    memory: ClosedFunction | None  # t -> memory of the noise; None where no path remembers
+    draw: ClosedFunction | None  # (t0, t1, memory) -> (increments, memory)
+    attempt: ClosedFunction  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Outcome
+    advance: ClosedFunction  # (y, inner, t0, t1, made_jump) -> (y, inner, dense_info, judged)
+    cache: ClosedFunction  # (t, y, state) -> cache
     saves: tuple[Save, ...]
     uniform: bool  # steps are never rejected: all lanes stand at the same step
     jumps: bool  # the field may jump between steps
@@ -97,15 +98,15 @@ class Traced:
     knowing: Callable[[PyTree], AbstractStepper]  # the stepper, told those; for tracing only
     judged: Judged | None  # the dtypes of a step's estimates, if there are any
 
-    def memory_of(self, consts: list[Array], batch: Batch, t0: Array) -> PyTree[Array]:
+    def memory_of(self, consts: list[Array], lanes: Lanes, t0: Array) -> PyTree[Array]:
         """A memory of the noise for every lane."""
-        return () if self.memory is None else batch.per_lane(self.memory)(consts, t0)
+        return () if self.memory is None else lanes.per_lane(self.memory)(consts, t0)
 
-    def drawing(self, consts: list[Array], batch: Batch):
+    def drawing(self, consts: list[Array], lanes: Lanes) -> Callable[..., tuple[PyTree, PyTree]]:
         """The function that draws a step's increments: (t0, t1, memory) -> (increments, memory)."""
         if self.draw is None:
             return lambda t0, t1, memory: ((), memory)
-        draw = batch.per_lane(self.draw)
+        draw = lanes.per_lane(self.draw)
         return lambda t0, t1, memory: draw(consts, t0, t1, memory)
 
     def inner(self, state: PyTree[Array], cache: PyTree[Array]) -> PyTree[Array]:
@@ -122,7 +123,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class _Steps:
-    """One attempt, and one step of the solution, of one lane: what `trace` turns into `Hoisted`."""
+    """One attempt, and one step of the solution, of one lane: what `trace` makes closed functions of."""
 
     stepper: AbstractStepper
     controller: diffrax.AbstractStepSizeController
@@ -140,27 +141,37 @@ class _Steps:
         return with_terms(self.stepper, self.noise.known(increments))
 
     def attempt(
-        self, y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state, x
-    ) -> Step:
-        """Tries a step; the controller says whether it is kept, and what comes next."""
+        self,
+        y: PyTree[Array],
+        state: PyTree[Array],
+        cache: PyTree[Array],
+        made_jump: Array,
+        tprev: Array,
+        tnext: Array,
+        t1: Array,
+        floor: Array,
+        controller_state: PyTree[Array],
+        increments: PyTree[Array],
+    ) -> Outcome:
+        """Tries a step; the controller says whether it is accepted, and what comes next."""
         made_jump = made_jump if self.jumps else False
-        tried = self.knowing(x).attempt(tprev, tnext, y, state, cache, made_jump)
+        tried = self.knowing(increments).attempt(tprev, tnext, y, state, cache, made_jump)
         finite = all_finite(tried.y1)
         guess, y_error = _guarded(y, tried.y1, tried.y_error, finite)
         order: Any = self.stepper.solver.error_order(self.stepper.terms)
-        keep, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
+        accept, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
             tprev, tnext, y, guess, self.stepper.args, y_error, order, controller_state
         )
         t = jnp.minimum(t, t1)
-        t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, keep)
+        t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, accept)
         if self.noise is not None and self.rounds:
             t_end = jnp.where(t_end == t1, t1, self.noise.round_end(t, t_end))
-        solver_result = diffrax.RESULTS.where(keep, tried.result, diffrax.RESULTS.successful)
+        solver_result = diffrax.RESULTS.where(accept, tried.result, diffrax.RESULTS.successful)
         ok = solver_result == diffrax.RESULTS.successful
         result = diffrax.RESULTS.where(ok, result, solver_result)
         # An infinite or undefined state is never a solution, even where no error estimate objects.
         result = jnp.where(
-            jnp.asarray(keep) & ~finite, code(diffrax.RESULTS.nonfinite), code(result)
+            jnp.asarray(accept) & ~finite, code(diffrax.RESULTS.nonfinite), code(result)
         )
         judged = None
         if self.judge is not None:
@@ -168,17 +179,35 @@ class _Steps:
             guess = jax.tree.map(lambda a, b: jnp.where(jnp.isnan(b).any(), a, b), y, guess)
             error = self.judge.in_units(y_error, y, guess)
             judged = self.judge(tprev, tnext, y, error, tried.ks)
-        return Step(
-            jnp.asarray(keep) & finite, tried.y1, tried.state, tried.cache, jnp.asarray(jumped),
-            t, t_end, controller_state, result, tried.dense_info if self.dense else None,
-            judged,
-        )  # fmt: skip
+        return Outcome(
+            accept=jnp.asarray(accept) & finite,
+            y=tried.y1,
+            state=tried.state,
+            cache=tried.cache,
+            made_jump=jnp.asarray(jumped),
+            tprev=t,
+            tnext=t_end,
+            controller_state=controller_state,
+            result=result,
+            dense_info=tried.dense_info if self.dense else None,
+            judged=judged,
+        )
 
-    def advance(self, y, inner, t0, t1, made_jump, x):
+    def advance(
+        self,
+        y: PyTree[Array],
+        inner: PyTree[Array],
+        t0: Array,
+        t1: Array,
+        made_jump: Array,
+        increments: PyTree[Array],
+    ) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array], Judged | None]:
         """The part of a step to differentiate."""
         state, cache = inner if self.hands_over else (inner, None)
-        made_jump, whole = made_jump if self.jumps else False, self.dense or self.judge is not None
-        out = self.knowing(x).advance(t0, t1, y, state, made_jump, whole, cache)
+        made_jump = made_jump if self.jumps else False
+        with_error = self.dense or self.judge is not None
+        stepper = self.knowing(increments)
+        out = stepper.advance(t0, t1, y, state, made_jump, with_error, cache)
         judged = None
         if self.judge is not None:
             error = self.judge.in_units(out.y_error, y, out.y1)
@@ -201,10 +230,10 @@ def trace(
     jumps = jumps or fresh_jumps
     subs = inner_saves(saveat, init_state)
     dense = any(sub.ts is not None for sub, _ in subs)
-    whole = dense or judge is not None
-    if uniform and not whole:
-        stepper = stepper.bare()
-    hands_over = whole and not jumps and stepper.hands_over()
+    with_error = dense or judge is not None
+    if uniform and not with_error:
+        stepper = stepper.without_error()
+    hands_over = with_error and not jumps and stepper.hands_over()
     tprev, tnext = start.tprev, start.tnext
     noise = noise_of(stepper, tprev, tnext, start.y, start.state)
     rounds = not uniform and not _must_hit(controller)
@@ -212,22 +241,33 @@ def trace(
 
     pool, memory, draw, increments = Pool(), None, None, ()
     if noise is not None:
-        memory = pool.hoist(lambda t: noise.init(), tprev)
-        draw = pool.hoist(noise.draw, tprev, tnext, memory.out)
+        memory = pool.convert(lambda t: noise.init(), tprev)
+        draw = pool.convert(noise.draw, tprev, tnext, memory.out)
         increments = draw.out[0]
-    cache = pool.hoist(stepper.cache, tprev, start.y, start.state)
-    attempt = pool.hoist(
-        steps.attempt, start.y, start.state, cache.out, start.made_jump, tprev, tnext, start.t1,
-        start.t1, start.controller_state, increments,
-    )  # fmt: skip
+    cache = pool.convert(stepper.cache, tprev, start.y, start.state)
+    times = (tprev, tnext, start.t1, start.t1)
+    at = (start.y, start.state, cache.out, start.made_jump, *times, start.controller_state)
+    attempt = pool.convert(steps.attempt, *at, increments)
     inner = (start.state, cache.out) if hands_over else start.state
-    advance = pool.hoist(steps.advance, start.y, inner, tprev, tnext, start.made_jump, increments)
+    advance = pool.convert(steps.advance, start.y, inner, tprev, tnext, start.made_jump, increments)
     *_, info, judged = advance.out
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
     return Traced(
-        pool, stepper, memory, draw, attempt, advance, cache, saves, uniform, jumps, hands_over,
-        increments, steps.knowing, judged,
-    )  # fmt: skip
+        pool=pool,
+        stepper=stepper,
+        memory=memory,
+        draw=draw,
+        attempt=attempt,
+        advance=advance,
+        cache=cache,
+        saves=saves,
+        uniform=uniform,
+        jumps=jumps,
+        hands_over=hands_over,
+        increments=increments,
+        knowing=steps.knowing,
+        judged=judged,
+    )
 
 
 def code(result: Any) -> Array:
@@ -240,13 +280,13 @@ def from_code(result: Array) -> Any:
     return jax.tree.unflatten(jax.tree.structure(diffrax.RESULTS.successful), [result])
 
 
-def is_sub(x: Any) -> bool:
+def _is_sub(x: Any) -> bool:
     return isinstance(x, diffrax.SubSaveAt)
 
 
 def saves(saveat: diffrax.SaveAt, state: Any) -> list[tuple[diffrax.SubSaveAt, Any]]:
     """Every `SubSaveAt` with its output buffers in diffrax's state."""
-    subs, tree = jax.tree.flatten(saveat.subs, is_leaf=is_sub)
+    subs, tree = jax.tree.flatten(saveat.subs, is_leaf=_is_sub)
     return list(zip(subs, tree.flatten_up_to(state.save_state), strict=True))
 
 
@@ -256,33 +296,49 @@ def is_inner(sub: diffrax.SubSaveAt) -> bool:
 
 
 def inner_saves(saveat: diffrax.SaveAt, state: Any) -> list[tuple[diffrax.SubSaveAt, Any]]:
+    """Those that the loop fills."""
     return [(sub, saved) for sub, saved in saves(saveat, state) if is_inner(sub)]
 
 
-def _trace_save(pool, stepper, sub, saved, start, info) -> Save:
+def _trace_save(
+    pool: Pool,
+    stepper: AbstractStepper,
+    sub: diffrax.SubSaveAt,
+    saved: Any,
+    start: Start,
+    info: PyTree[jax.ShapeDtypeStruct],
+) -> Save:
     output = lambda t, y: sub.fn(t, y, stepper.args)
     evaluate = lambda t0, t1, info, t: output(
         t, stepper.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
     )
     at_time = None
     if sub.ts is not None:
-        at_time = pool.hoist(evaluate, start.tprev, start.tnext, info, start.t1)
-    looked_at = (pool if sub.steps else Pool()).hoist(output, start.tprev, start.y)
-    at_step, plain = looked_at if sub.steps else None, not looked_at.computes
-    out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), saved.ys)
-    times = 0 if sub.ts is None else len(sub.ts)
-    return Save(saved.ts.shape[0], int(sub.t0), times, int(sub.steps), at_time, at_step, plain, out)
+        at_time = pool.convert(evaluate, start.tprev, start.tnext, info, start.t1)
+    at_end = (pool if sub.steps else Pool()).convert(output, start.tprev, start.y)
+    return Save(
+        rows=saved.ts.shape[0],
+        offset=int(sub.t0),
+        times=0 if sub.ts is None else len(sub.ts),
+        every=int(sub.steps),
+        at_time=at_time,
+        at_step=at_end if sub.steps else None,
+        plain=not at_end.computes,
+        out=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), saved.ys),
+    )
 
 
-def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
+def _controller_habits(
+    stepper: AbstractStepper, controller: diffrax.AbstractStepSizeController, start: Start
+) -> tuple[bool, bool]:
     """Whether the controller never rejects a step, and whether it can announce a jump."""
     habits = []
 
     def adapt(t0, t1, y, controller_state):
-        keep, _, _, made_jump, *_ = controller.adapt_step_size(
+        accept, _, _, made_jump, *_ = controller.adapt_step_size(
             t0, t1, y, y, stepper.args, y, 1.0, controller_state
         )
-        habits.append((keep is True, made_jump is not False))
+        habits.append((accept is True, made_jump is not False))
 
     jax.eval_shape(adapt, start.tprev, start.tnext, start.y, start.controller_state)
     return habits[0]
@@ -304,7 +360,9 @@ def all_finite(y: PyTree[Array]) -> Array:
     return finite
 
 
-def _guarded(y0, y1, y_error, finite):
+def _guarded(
+    y0: PyTree[Array], y1: PyTree[Array], y_error: PyTree[Array] | None, finite: Array
+) -> tuple[PyTree[Array], PyTree[Array] | None]:
     """The candidate and its error as a controller can use them.
 
     A trial state that overflows would make the next step size NaN; an infinite error makes it small.
@@ -321,8 +379,10 @@ def end_floor(t1: Array) -> Array:
     return t1 - 100 * (t1 - jnp.nextafter(t1, jnp.full_like(t1, -jnp.inf)))
 
 
-def _clip_to_end(tprev: Array, tnext: Array, t1: Array, floor: Array, keep) -> Array:
+def _clip_to_end(
+    tprev: Array, tnext: Array, t1: Array, floor: Array, accept: Array | bool
+) -> Array:
     """Never stops just short of t1: there an accepted step ends on t1, a retried one half-way."""
     half = tprev + 0.5 * (t1 - tprev)
-    end = jnp.where(jnp.asarray(keep) | (half <= tprev), t1, half)
+    end = jnp.where(jnp.asarray(accept) | (half <= tprev), t1, half)
     return jnp.where(tnext > floor, end, tnext)

@@ -36,8 +36,8 @@ def needed_eqns(jaxpr: Any) -> list[Any]:
     return eqns[::-1]
 
 
-class Hoisted(NamedTuple):
-    """A traced function: `hoisted(consts, *args)`, where `consts` are the pool's arrays in order."""
+class ClosedFunction(NamedTuple):
+    """A traced function: `closed(consts, *args)`, where `consts` are the pool's arrays in order."""
 
     jaxpr: Any
     uses: tuple[int, ...]  # which arrays of the pool the function depends on
@@ -62,14 +62,14 @@ class Pool:
         self.consts: list[Any] = []
         self._index: dict[int, int] = {}
 
-    def hoist(self, fn: Callable[..., PyTree], *examples: PyTree) -> Hoisted:
+    def convert(self, fn: Callable[..., PyTree], *examples: PyTree) -> ClosedFunction:
         """Traces `fn` at the shapes of `examples`."""
         leaves, tree = jax.tree.flatten(examples)
         closed, out = jax.make_jaxpr(
             lambda *flat: fn(*jax.tree.unflatten(tree, flat)), return_shape=True
         )(*leaves)
         uses = tuple(self._add(const) for const in closed.consts)
-        return Hoisted(closed.jaxpr, uses, out)
+        return ClosedFunction(closed.jaxpr, uses, out)
 
     def _add(self, const: Any) -> int:
         if id(const) not in self._index:

@@ -1,9 +1,9 @@
-"""What is evaluated beside the loop, once in every lane: a solver's first state, outputs at t0 and t1.
+"""What is evaluated outside the loop, once in every lane: a solver's first state, outputs at t0 and t1.
 
 Pulled back by itself, such a function would be pulled back in every lane, with a cotangent of zero in
 one that failed; and where it is undefined, zero times NaN is NaN, which reaches the parameters that all
-lanes share. As a program of `lanes` it knows its fellows: a lane that failed borrows from a healthy one
-(`donors`) and contributes exactly nothing.
+lanes share. As a program of `primitives` it sees all lanes: one that failed copies the inputs of a
+healthy one (`donors`) and contributes exactly nothing.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from nde.solvers.adjoint.forward import masked
-from nde.solvers.lanes import primitives as lanes
-from nde.solvers.lanes.closures import Hoisted, Pool
-from nde.solvers.lanes.donors import cleared, donors, rejoined, separated
-from nde.solvers.lanes.primitives import Batch, Slot
+from nde.solvers.lanes import primitives
+from nde.solvers.lanes.batch import Lanes, lane_shapes, masked
+from nde.solvers.lanes.closures import ClosedFunction, Pool
+from nde.solvers.lanes.donors import cleared, donors
 
 
 def differentiated(
@@ -28,72 +27,61 @@ def differentiated(
     and none elsewhere.
     """
     pool = Pool()
-    hoisted = pool.hoist(fn, *args)
-    if not hoisted.computes:
+    closed = pool.convert(fn, *args)
+    if not closed.computes:
         hold = lambda x: jnp.where(healthy, x, jax.lax.stop_gradient(x))
         return jax.tree.map(hold, value)
-    values, tree = jax.tree.flatten(jax.lax.stop_gradient(value))
-    program = _Beside(hoisted, len(pool.consts), args)
-    operands = [*pool.consts, *values, healthy, *jax.tree.leaves(args)]
-    return jax.tree.unflatten(tree, lanes.solve(program, operands))
+    inputs = (jax.lax.stop_gradient(value), healthy, args)
+    return primitives.solve(_OutsideLoop(closed, len(pool.consts), inputs), pool.consts, inputs)
 
 
-class _Beside:
+class _OutsideLoop:
     """A program whose results are known, and only its gradient is not."""
 
-    kept: tuple[Slot, ...] = ()
+    residuals = None
 
-    def __init__(self, fn: Hoisted, consts: int, args: PyTree[Array]):
-        self.fn, self.consts, self.tree = fn, consts, jax.tree.structure(args)
-        is_inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-        outs = jax.tree.leaves(fn.out)
-        self.results = tuple(Slot(x.shape, x.dtype, False, is_inexact(x)) for x in outs)
+    def __init__(self, fn: ClosedFunction, consts: int, inputs: PyTree[Array]):
+        self.fn, self.consts, self.args = fn, consts, jax.tree.structure(inputs)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), fn.out)
+        self.results = lane_shapes(one, differentiable=True)
 
     def check_perturbed(self, perturbed: tuple[bool, ...]) -> None:
         """Everything has a derivative."""
 
-    def forward(self, operands: list[Array], batch: Batch, keep: bool) -> list[Array]:
+    def forward(
+        self, lanes: Lanes, consts: list[Array], args: PyTree[Array], record: bool
+    ) -> tuple[PyTree[Array], None]:
         """The values, in every lane."""
-        del keep
-        given = zip(operands[self.consts :], batch.levels[self.consts :], strict=True)
-        values = [batch.spread(x, has) for x, has in given][: len(self.results)]
-        return [x.reshape(batch.sizes + x.shape[1:]) for x in values]
+        del lanes, consts, record
+        return args[0], None
 
-    def backward(self, operands, batch: Batch, kept, cotangents, perturbed) -> list[Array]:
-        """The cotangents of the perturbed operands."""
-        del kept
-        n, first = self.consts, self.consts + len(self.results) + 1
-        own, consts = separated(batch, operands[:n])
-        given = zip(operands[first - 1 :], batch.levels[first - 1 :], strict=True)
-        healthy, *args = [batch.spread(x, has) for x, has in given]
-        who = donors(healthy.astype(jnp.int32), own, consts)
-        consts = who.lend_consts(consts, own)
-        x, aux = eqx.partition(who.lend(args), eqx.is_inexact_array)
-        ct_out = masked(healthy, self._filled(cotangents, batch))
+    def backward(
+        self,
+        lanes: Lanes,
+        consts: list[Array],
+        args: PyTree[Array],
+        residuals: None,
+        cts: PyTree[Array | None],
+        wanted: dict[int, Array],
+    ) -> tuple[dict[int, Array], PyTree[Array | None]]:
+        """The cotangents of the constants and of the function's arguments."""
+        del residuals
+        value, healthy, args = args
+        who = donors(healthy.astype(jnp.int32), lanes, consts)
+        consts = who.copied_consts(consts, lanes)
+        x, aux = eqx.partition(who.copied(args), eqx.is_inexact_array)
+        ct_out = masked(healthy, lanes.filled(self.results, cts))
+        pull = lanes.pull(self._inexact, [i in wanted for i in range(len(consts))])
 
-        def pulled():
-            _, ct_consts, ct_x = own.pull(self._inexact, perturbed[:n])(consts, x, aux, ct_out)
+        def pulled() -> tuple[list[Array], PyTree[Array]]:
+            _, ct_consts, ct_x = pull(consts, x, aux, ct_out)
             return ct_consts, masked(healthy, ct_x)
 
         blank = lambda s: jnp.zeros(s.shape, s.dtype)
         none = lambda: jax.tree.map(blank, jax.eval_shape(pulled))
         ct_consts, ct_args = jax.lax.cond(jnp.any(healthy), pulled, none)
-        numbers = [i for i in range(n) if perturbed[i]]
-        totals = cleared(healthy, dict(zip(numbers, ct_consts, strict=True)), own)
-        moved = [rejoined(batch, own, i, total) for i, total in totals.items()]
-        for i, ct in enumerate(ct_args, start=first):
-            if perturbed[i]:
-                moved.append(batch.gather(ct, batch.levels[i]))
-        return moved
+        totals = cleared(healthy, dict(zip(wanted, ct_consts, strict=True)), lanes)
+        return totals, (jax.tree.map(lambda _: None, value), None, ct_args)
 
-    def _filled(self, cotangents: list[Array | None], batch: Batch) -> list[Array]:
-        """Cotangents of the inexact results, zero where missing, with a flat lane axis."""
-        slots = [slot for slot in self.results if slot.differentiable]
-        zeros = [jnp.zeros((batch.lanes, *slot.shape), slot.dtype) for slot in slots]
-        pairs = zip(cotangents, zeros, strict=True)
-        return [zero if ct is None else ct.reshape(zero.shape) for ct, zero in pairs]
-
-    def _inexact(self, consts: list[Array], x: list[Any], aux: list[Any]) -> list[Array]:
-        args = jax.tree.unflatten(self.tree, eqx.combine(x, aux))
-        out = jax.tree.leaves(self.fn(consts, *args))
-        return [y for y, slot in zip(out, self.results, strict=True) if slot.differentiable]
+    def _inexact(self, consts: list[Array], x: Any, aux: Any) -> PyTree[Array]:
+        return eqx.filter(self.fn(consts, *eqx.combine(x, aux)), eqx.is_inexact_array)

@@ -1,191 +1,125 @@
 r"""A solve under `jax.vmap`: one loop for all lanes, one parameter gradient for all lanes.
 
-A *lane* is one trajectory. `jax.vmap` of an ordinary differentiable loop differentiates each lane by
-itself, so the backward loop carries one copy of every parameter cotangent per lane and adds them up at
-the very end. Here the solve is one JAX primitive. Its batching rule hands the mapped axis to the
-program below, which steps all lanes together and pulls back through the *batched* step: an unmapped
-parameter then receives one cotangent per step, already summed.
+`jax.vmap` of an ordinary differentiable loop differentiates each lane by itself, so the backward loop
+carries one copy of every parameter cotangent per lane and adds them up at the very end. Here the solve
+is one JAX primitive. Its batching rule hands the mapped axis to the `Program` below, which steps all
+lanes together and pulls back through the *batched* step: an unmapped parameter then receives one
+cotangent per step, already summed.
 
 Three primitives share the operands and the rules:
 
-    solve      the forward loop; with `keep=True` also what the backward loop needs
+    solve      the forward loop; with `record=True` also what the backward loop needs
     tangent    the symbolic derivative, linear in its tangents; never run, only transposed
     pullback   the backward loop: output cotangents -> operand cotangents
 
-*Levels* are the axes that `vmap` has added, outermost first; `sizes` are their lengths, and `levels`
-says for each operand which of them it carries. Levels added before differentiation (`grad(vmap(f))`)
-share one cotangent per unmapped operand. Levels added after it (`vmap(grad(f))`) are the first `outer`
-ones; there every lane keeps its own.
-
-Layout: operands and per-lane results have the levels first; *rowed* arrays, written row by row during
-the loop, have them after the row axis.
+Outside, every operand has the axes of its levels in front, and results have those of all levels; a
+program sees pytrees with one flat lane axis (see `batch`).
 """
 
 import functools as ft
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers._compat import Primitive, ShapedArray, ad, batching, mlir
-
-Levels = tuple[tuple[bool, ...], ...]
-
-
-class Slot(NamedTuple):
-    """The shape of one result of a program, for one lane."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    rowed: bool = False  # the first axis is a row axis, and the levels come after it
-    differentiable: bool = False
-
-    def aval(self, sizes: tuple[int, ...]) -> Any:
-        """The abstract value with the levels put in their place."""
-        rows = self.shape[:1] if self.rowed else ()
-        return ShapedArray(rows + sizes + self.shape[len(rows) :], self.dtype)
+from nde.solvers.lanes.batch import Lanes, LaneShape
 
 
 class Program(Protocol):
-    """What a solve must say about itself. An instance is compared by identity.
+    """What the primitives compute, and how it is pulled back. An instance is compared by identity."""
 
-    `forward` returns the results, and with `keep` also what `backward` needs; `backward` maps
-    cotangents of the differentiable results (None: zero) to those of the perturbed operands;
-    `check_perturbed` raises for an operand that has no derivative. Shapes are those of the module.
-    """
+    consts: int  # how many of the operands are constants: on the levels that each differs on
+    args: Any  # the tree of the others: with a flat lane axis in front
+    results: PyTree[LaneShape]
+    residuals: PyTree[LaneShape]  # what the backward pass needs of the forward pass
 
-    results: tuple[Slot, ...]
-    kept: tuple[Slot, ...]
-
-    def forward(self, operands: list[Array], batch: "Batch", keep: bool) -> list[Array]: ...
+    def forward(
+        self, lanes: Lanes, consts: list[Array], args: PyTree[Array], record: bool
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """The results, and the residuals if they are to be recorded, else None."""
+        ...
 
     def backward(
         self,
-        operands: list[Array],
-        batch: "Batch",
-        kept: list[Array],
-        cotangents: list[Array | None],
-        perturbed: tuple[bool, ...],
-    ) -> list[Array]: ...
-
-    def check_perturbed(self, perturbed: tuple[bool, ...]) -> None: ...
-
-
-class Batch(NamedTuple):
-    """Which levels there are, and which operand carries which."""
-
-    sizes: tuple[int, ...]
-    levels: Levels
-    outer: int = 0
-
-    @property
-    def lanes(self) -> int:
-        """The number of trajectories."""
-        return math.prod(self.sizes)
-
-    def spread(self, operand: Array, levels: tuple[bool, ...]) -> Array:
-        """An operand with one flat lane axis in front, repeated over the levels it lacks."""
-        shape = operand.shape[sum(levels) :]
-        own = iter(operand.shape)
-        full = tuple(next(own) if has else 1 for has in levels) + shape
-        operand = jnp.broadcast_to(operand.reshape(full), self.sizes + shape)
-        return operand.reshape((self.lanes, *shape))
-
-    def gather(self, cotangent: Array, levels: tuple[bool, ...]) -> Array:
-        """The transpose of `spread`, except over the outer levels, which stay apart."""
-        shape = cotangent.shape[1:]
-        cotangent = cotangent.reshape(self.sizes + shape)
-        shared = tuple(i for i in range(self.outer, len(self.sizes)) if not levels[i])
-        return jnp.sum(cotangent, axis=shared) if shared else cotangent
-
-    def per_lane(self, fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        """`fn(consts, *args)` for one lane -> the same for all, `args` having a flat lane axis.
-
-        `consts` are the first operands, each with the levels that it carries.
+        lanes: Lanes,
+        consts: list[Array],
+        args: PyTree[Array],
+        residuals: PyTree[Array],
+        cts: PyTree[Array | None],
+        wanted: dict[int, Array],
+    ) -> tuple[dict[int, Array], PyTree[Array | None]]:
+        """The cotangents of constants and arguments, from those of the results (None: zero). `wanted`:
+        zeros to add to, for the constants that are differentiated.
         """
-        return self._over(fn, 0, len(self.sizes))
+        ...
 
-    def _axes(self, level: int, consts: Sequence[Array]) -> list[int | None]:
-        return [0 if has[level] else None for has in self.levels[: len(consts)]]
-
-    def _over(self, fn: Callable[..., PyTree], first: int, last: int):
-        sizes = self.sizes[first:last]
-
-        def batched(consts: list[Array], *args: PyTree) -> PyTree:
-            f = fn
-            for i in reversed(range(first, last)):
-                f = jax.vmap(f, in_axes=(self._axes(i, consts),) + (0,) * len(args))
-            out = f(consts, *jax.tree.map(lambda x: x.reshape(sizes + x.shape[1:]), args))
-            lanes = math.prod(sizes)
-            return jax.tree.map(lambda x: x.reshape((lanes,) + x.shape[len(sizes) :]), out)
-
-        return batched
-
-    def pull(self, fn: Callable[..., PyTree], wrt: Sequence[bool]):
-        """The value and the transposed derivative of `fn` over all lanes.
-
-        `fn(consts, x, aux)` is written for one lane. The result maps `(consts, x, aux, ct)` to its
-        value, the cotangents of the consts marked in `wrt`, summed over the inner levels they lack,
-        and that of `x`.
-        """
-        inner_sizes = self.sizes[self.outer :]
-        inner = self._over(fn, self.outer, len(self.sizes))
-
-        def one(consts: list[Array], x: PyTree, aux: PyTree, ct: PyTree):
-            chosen = [c for c, w in zip(consts, wrt, strict=True) if w]
-
-            def primal(chosen: list[Array], x: PyTree) -> PyTree:
-                fill = iter(chosen)
-                full = [next(fill) if w else c for c, w in zip(consts, wrt, strict=True)]
-                return inner(full, x, aux)
-
-            out, transpose = jax.vjp(primal, chosen, x)
-            return out, *transpose(ct)
-
-        def batched(consts: list[Array], x: PyTree, aux: PyTree, ct: PyTree):
-            f = one
-            for i in reversed(range(self.outer)):
-                f = jax.vmap(f, in_axes=(self._axes(i, consts), 0, 0, 0))
-            outer = self.sizes[: self.outer]
-            split = outer + (math.prod(inner_sizes),)
-            apart = lambda tree: jax.tree.map(lambda a: a.reshape(split + a.shape[1:]), tree)
-            out, ct_consts, ct_x = f(consts, apart(x), apart(aux), apart(ct))
-            flat = lambda a: a.reshape((self.lanes,) + a.shape[len(split) :])
-            return jax.tree.map(flat, out), ct_consts, jax.tree.map(flat, ct_x)
-
-        return batched
+    def check_perturbed(self, perturbed: tuple[bool, ...]) -> None:
+        """Raises for an operand that has no derivative."""
+        ...
 
 
-def solve(program: Program, operands: Sequence[Array]) -> list[Array]:
+def solve(program: Program, consts: Sequence[Array], args: PyTree[Array]) -> PyTree[Array]:
     """Runs a program on one lane; `jax.vmap` and `jax.grad` of it follow the rules of this module."""
+    operands = [*consts, *jax.tree.leaves(args)]
     levels = ((),) * len(operands)
-    return solve_p.bind(*operands, program=program, sizes=(), levels=levels, keep=False)
+    out = solve_p.bind(*operands, program=program, sizes=(), levels=levels, record=False)
+    return jax.tree.unflatten(jax.tree.structure(program.results), out)
 
 
 # --- what the primitives do ---------------------------------------------------------------------
 
 
-def _run_solve(*operands, program: Program, sizes, levels, keep):
+def _run_solve(*operands, program: Program, sizes, levels, record):
+    shapes = _solve_shapes(program, record)
     if 0 in sizes:
-        avals = _solve_avals(program=program, sizes=sizes, levels=levels, keep=keep)
-        return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
-    operands = [jnp.asarray(x) for x in operands]  # a literal arrives as a Python number
-    return program.forward(operands, Batch(sizes, levels), keep)
+        return _empty([shape.aval(sizes) for shape in shapes])
+    lanes = Lanes(sizes, levels[: program.consts])
+    out = program.forward(lanes, *_unpacked(program, lanes, operands, levels), record)
+    return [shape.reshape(x, sizes) for shape, x in zip(shapes, jax.tree.leaves(out), strict=True)]
 
 
 def _run_pullback(*args, program: Program, sizes, levels, outer, perturbed, given):
-    args = [jnp.asarray(x) for x in args]
     if 0 in sizes:
         axes = dict(sizes=sizes, levels=levels, outer=outer, perturbed=perturbed)
-        avals = _pullback_avals(*args, program=program, given=given, **axes)
-        return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
-    n, m = len(levels), len(program.kept)
-    operands, kept, cts = args[:n], args[n : n + m], iter(args[n + m :])
-    cotangents = [next(cts) if g else None for g in given]
-    return program.backward(operands, Batch(sizes, levels, outer), kept, cotangents, perturbed)
+        return _empty(_pullback_avals(*args, program=program, given=given, **axes))
+    n, lanes = program.consts, Lanes(sizes, levels[: program.consts], outer)
+    consts, inputs = _unpacked(program, lanes, args[: len(levels)], levels)
+    shown = iter(args[len(levels) :])
+
+    def flat(shape: LaneShape) -> Array:
+        return shape.reshape(jnp.asarray(next(shown)), (lanes.count,))
+
+    residuals, is_given = jax.tree.map(flat, program.residuals), iter(given)
+    cts = jax.tree.map(
+        lambda shape: flat(shape) if shape.differentiable and next(is_given) else None,
+        program.results,
+    )
+    separated, consts = lanes.separated(consts)
+    wanted = {i: separated.zeros(consts, i) for i in range(n) if perturbed[i]}
+    ct_consts, ct_args = program.backward(separated, consts, inputs, residuals, cts, wanted)
+    moved = [lanes.rejoined(separated, i, ct_consts[i]) for i in wanted]
+    for i, ct in enumerate(program.args.flatten_up_to(ct_args), start=n):
+        if perturbed[i]:
+            moved.append(lanes.gather(ct, levels[i]))
+    return moved
+
+
+def _unpacked(
+    program: Program, lanes: Lanes, operands, levels
+) -> tuple[list[Array], PyTree[Array]]:
+    """The constants, and the arguments with a flat lane axis."""
+    operands = [jnp.asarray(x) for x in operands]  # a literal arrives as a Python number
+    pairs = zip(operands[program.consts :], levels[program.consts :], strict=True)
+    args = [lanes.spread(x, has) for x, has in pairs]
+    return operands[: program.consts], jax.tree.unflatten(program.args, args)
+
+
+def _empty(avals: list[Any]) -> list[Array]:
+    """What comes of no lanes at all."""
+    return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
 
 
 def _run_tangent(*args, **params):
@@ -200,14 +134,18 @@ def _run_tangent(*args, **params):
 # --- shapes --------------------------------------------------------------------------------------
 
 
-def _solve_avals(*operands, program: Program, sizes, levels, keep):
+def _solve_shapes(program: Program, record: bool) -> list[LaneShape]:
+    return jax.tree.leaves((program.results, program.residuals if record else None))
+
+
+def _solve_avals(*operands, program: Program, sizes, levels, record):
     del operands, levels
-    return [s.aval(sizes) for s in program.results + (program.kept if keep else ())]
+    return [shape.aval(sizes) for shape in _solve_shapes(program, record)]
 
 
 def _tangent_avals(*args, program: Program, sizes, **params):
     del args, params
-    return [s.aval(sizes) for s in program.results if s.differentiable]
+    return [shape.aval(sizes) for shape in _differentiable(program)]
 
 
 def _pullback_avals(*args, program: Program, sizes, levels, outer, perturbed, given):
@@ -220,6 +158,10 @@ def _pullback_avals(*args, program: Program, sizes, levels, outer, perturbed, gi
     return avals
 
 
+def _differentiable(program: Program) -> list[LaneShape]:
+    return [shape for shape in jax.tree.leaves(program.results) if shape.differentiable]
+
+
 # --- differentiation -----------------------------------------------------------------------------
 
 
@@ -227,23 +169,21 @@ def _is_zero(x) -> bool:
     return type(x) is ad.Zero
 
 
-def _solve_jvp(primals, tangents, *, program: Program, sizes, levels, keep):
+def _solve_jvp(primals, tangents, *, program: Program, sizes, levels, record):
     perturbed = tuple(not _is_zero(t) for t in tangents)
-    if keep:
+    if record:
         _run_tangent()  # a derivative of a derivative
     program.check_perturbed(perturbed)
-    out = solve_p.bind(*primals, program=program, sizes=sizes, levels=levels, keep=True)
-    results, kept = out[: len(program.results)], out[len(program.results) :]
+    params = dict(program=program, sizes=sizes, levels=levels)
+    out = solve_p.bind(*primals, **params, record=True)
+    shapes = jax.tree.leaves(program.results)
+    results, residuals = out[: len(shapes)], out[len(shapes) :]
     moving = [t for t, p in zip(tangents, perturbed, strict=True) if p]
-    out_tangents = iter(
-        tangent_p.bind(
-            *primals, *kept, *moving, program=program, sizes=sizes, levels=levels, outer=0,
-            perturbed=perturbed,
-        )
-    )  # fmt: skip
+    moved = tangent_p.bind(*primals, *residuals, *moving, **params, outer=0, perturbed=perturbed)
+    moved = iter(moved)
     still = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
-    pairs = zip(results, program.results, strict=True)
-    return results, [next(out_tangents) if s.differentiable else still(x) for x, s in pairs]
+    pairs = zip(results, shapes, strict=True)
+    return results, [next(moved) if shape.differentiable else still(x) for x, shape in pairs]
 
 
 def _tangent_transpose(cts, *args, program: Program, perturbed, **params):
@@ -264,10 +204,6 @@ def _tangent_transpose(cts, *args, program: Program, perturbed, **params):
 # --- batching ------------------------------------------------------------------------------------
 
 
-def _lane_axis(slot: Slot) -> int:
-    return 1 if slot.rowed else 0
-
-
 def _mapped_size(args, dims) -> int:
     return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
 
@@ -278,58 +214,51 @@ def _new_level(args, dims, levels):
     return operands, tuple((d is not None, *has) for d, has in zip(dims, levels, strict=True))
 
 
-def _filled(args, dims, slots, size):
+def _repeated(args, dims, shapes: list[LaneShape], size: int):
     """Arrays that every lane needs for itself, repeated where they were shared."""
     out = []
-    for x, d, slot in zip(args, dims, slots, strict=True):
-        axis = _lane_axis(slot)
+    for x, d, shape in zip(args, dims, shapes, strict=True):
+        axis = shape.axis
         if d is None:
-            shape = x.shape[:axis] + (size,) + x.shape[axis:]
-            out.append(jnp.broadcast_to(jnp.expand_dims(x, axis), shape))
+            wide = x.shape[:axis] + (size,) + x.shape[axis:]
+            out.append(jnp.broadcast_to(jnp.expand_dims(x, axis), wide))
         else:
             out.append(jnp.moveaxis(x, d, axis))
     return out
 
 
-def _solve_batch(args, dims, *, program: Program, sizes, levels, keep):
+def _solve_batch(args, dims, *, program: Program, sizes, levels, record):
     size = _mapped_size(args, dims)
     operands, levels = _new_level(args, dims, levels)
-    out = solve_p.bind(*operands, program=program, sizes=(size, *sizes), levels=levels, keep=keep)
-    slots = program.results + (program.kept if keep else ())
-    return out, [_lane_axis(slot) for slot in slots]
+    params = dict(program=program, sizes=(size, *sizes), levels=levels, record=record)
+    return solve_p.bind(*operands, **params), [s.axis for s in _solve_shapes(program, record)]
 
 
 def _pullback_batch(args, dims, *, program: Program, sizes, levels, outer, perturbed, given):
     params = dict(program=program, perturbed=perturbed, given=given)
-    n, m = len(levels), len(program.kept)
+    residuals = jax.tree.leaves(program.residuals)
+    n, m = len(levels), len(residuals)
     if all(d is None for d in dims[: n + m]):  # one solve, many cotangents (`jax.jacrev`)
         run = ft.partial(_run_pullback, sizes=sizes, levels=levels, outer=outer, **params)
         out = jax.vmap(run, in_axes=tuple(dims))(*args)
         return out, [0] * len(out)
     size = _mapped_size(args, dims)
     operands, levels = _new_level(args[:n], dims[:n], levels)
-    kept = _filled(args[n : n + m], dims[n : n + m], program.kept, size)
-    results = [s for s in program.results if s.differentiable]
-    shown = [s for s, g in zip(results, given, strict=True) if g]
-    cts = _filled(args[n + m :], dims[n + m :], shown, size)
-    out = pullback_p.bind(
-        *operands, *kept, *cts, sizes=(size, *sizes), levels=levels, outer=outer + 1, **params
-    )
+    shown = [s for s, g in zip(_differentiable(program), given, strict=True) if g]
+    rest = _repeated(args[n:], dims[n:], residuals + shown, size)
+    params |= dict(sizes=(size, *sizes), levels=levels, outer=outer + 1)
+    out = pullback_p.bind(*operands, *rest, **params)
     return out, [0] * len(out)
 
 
 def _tangent_batch(args, dims, *, program: Program, sizes, levels, outer, perturbed):
-    n, m = len(levels), len(program.kept)
-    size = _mapped_size(args, dims)
+    n, size = len(levels), _mapped_size(args, dims)
     operands, new_levels = _new_level(args[:n], dims[:n], levels)
-    kept = _filled(args[n : n + m], dims[n : n + m], program.kept, size)
-    front = Slot((), None)
-    moving = _filled(args[n + m :], dims[n + m :], [front] * sum(perturbed), size)
-    out = tangent_p.bind(
-        *operands, *kept, *moving, program=program, sizes=(size, *sizes), levels=new_levels,
-        outer=outer + 1, perturbed=perturbed,
-    )  # fmt: skip
-    return out, [_lane_axis(s) for s in program.results if s.differentiable]
+    tangents = [LaneShape((), None)] * sum(perturbed)
+    rest = _repeated(args[n:], dims[n:], jax.tree.leaves(program.residuals) + tangents, size)
+    params = dict(program=program, sizes=(size, *sizes), levels=new_levels, perturbed=perturbed)
+    out = tangent_p.bind(*operands, *rest, **params, outer=outer + 1)
+    return out, [shape.axis for shape in _differentiable(program)]
 
 
 def _primitive(name: str, run, avals, batch) -> Any:
@@ -342,6 +271,16 @@ def _primitive(name: str, run, avals, batch) -> Any:
     return p
 
 
+def largest(x: Array) -> Array:
+    """The largest of a natural number over all lanes; 0 where there are none."""
+    return largest_p.bind(x)
+
+
+def _largest_batch(args, dims):
+    (x,), (d,) = args, dims
+    return largest_p.bind(jnp.max(x, axis=d, initial=0)), batching.not_mapped
+
+
 def _no_second_derivative(primals, tangents, **params):
     _run_tangent()
 
@@ -352,3 +291,9 @@ pullback_p = _primitive("nde_pullback", _run_pullback, _pullback_avals, _pullbac
 ad.primitive_jvps[solve_p] = _solve_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 ad.primitive_jvps[pullback_p] = _no_second_derivative
+
+largest_p = Primitive("nde_largest")
+largest_p.def_impl(lambda x: x)
+largest_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(largest_p, lambda ctx, x: [x])
+batching.primitive_batchers[largest_p] = _largest_batch

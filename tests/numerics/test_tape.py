@@ -51,7 +51,7 @@ def test_stride_is_the_least_power_of_two_that_fits(slots):
 
 @hypothesis.given(st.integers(1, 300), st.integers(1, 100_000))
 def test_plan_has_room_for_every_solve(checkpoints, max_steps):
-    slots, spare = tapes.plan(checkpoints, max_steps)
+    slots, spare = tapes.doubling(checkpoints, max_steps)
     longest = spare + 1
     assert slots.bit_count() == longest.bit_count() == 1
     assert slots >= max(2, min(checkpoints, max_steps))

@@ -1,4 +1,4 @@
-"""Hoisted functions against the functions themselves, and which arrays the pool takes in."""
+"""Closed functions against the functions themselves, and which arrays the pool takes in."""
 
 import equinox as eqx
 import jax
@@ -21,9 +21,9 @@ ARGS = {"w": W, "b": B, "unused": UNUSED, "name": "text", "count": 3}
 
 def test_the_pool_takes_what_is_used_and_each_once():
     pool = Pool()
-    first = pool.hoist(lambda x: layer(x, ARGS), X)
-    second = pool.hoist(lambda x: W @ x["x"] + B + W[0], X)
-    third = pool.hoist(lambda x: x["t"] + 1.0, X)
+    first = pool.convert(lambda x: layer(x, ARGS), X)
+    second = pool.convert(lambda x: W @ x["x"] + B + W[0], X)
+    third = pool.convert(lambda x: x["t"] + 1.0, X)
     assert len(pool.consts) == 2 and {id(c) for c in pool.consts} == {id(W), id(B)}
     assert set(first.uses) == set(second.uses) == {0, 1} and third.uses == ()
     assert relative(first(pool.consts, X), layer(X, ARGS)) == 0
@@ -34,10 +34,10 @@ def test_the_pool_takes_what_is_used_and_each_once():
 def test_other_constants_give_another_function():
     """The arrays are operands, not part of the computation."""
     pool = Pool()
-    hoisted = pool.hoist(lambda x: layer(x, ARGS), X)
+    closed = pool.convert(lambda x: layer(x, ARGS), X)
     other = [2.0 * c for c in pool.consts]
-    assert relative(hoisted(other, X), layer(X, {"w": 2.0 * W, "b": 2.0 * B})) < 1e-15
-    assert relative(hoisted(other, X), hoisted(pool.consts, X)) > 0.1
+    assert relative(closed(other, X), layer(X, {"w": 2.0 * W, "b": 2.0 * B})) < 1e-15
+    assert relative(closed(other, X), closed(pool.consts, X)) > 0.1
 
 
 def test_traced_values_are_taken_in_where_they_come_from():
@@ -45,8 +45,8 @@ def test_traced_values_are_taken_in_where_they_come_from():
 
     def through_the_pool(w, x):
         pool = Pool()
-        hoisted = pool.hoist(lambda x: jnp.sin(w @ x) + w[0], x)
-        return jnp.sum(hoisted(pool.consts, x) ** 2)
+        closed = pool.convert(lambda x: jnp.sin(w @ x) + w[0], x)
+        return jnp.sum(closed(pool.consts, x) ** 2)
 
     direct = lambda w, x: jnp.sum((jnp.sin(w @ x) + w[0]) ** 2)
     batch = jnp.stack([W, 2.0 * W, -W])
@@ -66,11 +66,11 @@ def test_a_module_with_its_own_derivative():
     network = eqx.nn.MLP(2, 2, 4, 1, activation=jnp.tanh, key=jax.random.key(0))
     field = lambda x: clipped(eqx.filter_jit(network)(x))
     pool = Pool()
-    hoisted = pool.hoist(field, X["x"])
+    closed = pool.convert(field, X["x"])
     parameters = jax.tree.leaves(eqx.filter(network, eqx.is_array))
     assert len(pool.consts) == len(parameters) == 4
     pull = lambda f: jax.vjp(f, X["x"])[1](jnp.ones(2))
-    assert relative(pull(lambda x: hoisted(pool.consts, x)), pull(field)) < 1e-15
+    assert relative(pull(lambda x: closed(pool.consts, x)), pull(field)) < 1e-15
 
 
 def test_integers_keys_and_plain_numbers():
@@ -81,19 +81,19 @@ def test_integers_keys_and_plain_numbers():
         noise = jax.random.normal(key, (2,))
         return x["x"] + noise * counts.astype(float), 1.0, 2
 
-    hoisted = pool.hoist(field, X)
-    got, want = hoisted(pool.consts, X), field(X)
+    closed = pool.convert(field, X)
+    got, want = closed(pool.consts, X), field(X)
     np.testing.assert_array_equal(got[0], want[0])
     assert got[1] == 1.0 and got[2] == 2 and all(isinstance(x, jax.Array) for x in got)
     moved = [jax.random.key(6) if c is key else c for c in pool.consts]
-    assert not np.array_equal(hoisted(moved, X)[0], want[0])
+    assert not np.array_equal(closed(moved, X)[0], want[0])
 
 
 def test_constants_of_the_pool_stay_alive():
     """The pool tells arrays apart by identity, so it must hold on to them."""
     pool = Pool()
-    hoisted = [
-        pool.hoist(lambda x, i=i: x["x"] + jnp.full(2, float(i)) * W[0], X) for i in range(20)
+    closed = [
+        pool.convert(lambda x, i=i: x["x"] + jnp.full(2, float(i)) * W[0], X) for i in range(20)
     ]
-    for i, fn in enumerate(hoisted):
+    for i, fn in enumerate(closed):
         assert relative(fn(pool.consts, X), X["x"] + i * W[0]) < 1e-15
