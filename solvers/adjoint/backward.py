@@ -87,9 +87,7 @@ def run_backward(
     return jax.lax.cond(jnp.any(trail.steps > 0), lambda: pullback.first_cache(ct), none)
 
 
-def _to_start(
-    pullback: "StepPullback", trail: Trail, plan: Doubling, ct: BackwardCarry
-) -> BackwardCarry:
+def _to_start(pullback, trail: Trail, plan: Doubling, ct: BackwardCarry) -> BackwardCarry:
     """Pulls back to the first step."""
     most, states = jnp.max(trail.steps), trail.tape.states
     zero = jnp.zeros_like(most)
@@ -278,16 +276,7 @@ class StepPullback:
         value, ct_consts, ct_x = pull(consts, x, aux, ct_out)
         return value, dict(zip(numbers, ct_consts, strict=True)), ct_x
 
-    def _output(
-        self,
-        fn: Callable[..., PyTree],
-        save: Save,
-        uses: tuple[int, ...],
-        due: Array,
-        x: PyTree,
-        aux: PyTree,
-        ct_out: PyTree,
-    ) -> tuple[dict[int, Array], PyTree]:
+    def _output(self, fn, save: Save, uses, due: Array, x, aux, ct_out):
         """The cotangents of an output that is due in some lanes: of the constants, and of `x`.
 
         It may have no derivative where it is not saved: there a lane copies the inputs of one that is
@@ -305,14 +294,7 @@ class StepPullback:
         """With zeros for the wanted constants that are missing."""
         return {i: ct_consts.get(i, jnp.zeros_like(x)) for i, x in self.wanted.items()}
 
-    def _outputs(
-        self,
-        k: Array,
-        active: Array,
-        loaded: RecordedStep,
-        increments: PyTree[Array],
-        ct: BackwardCarry,
-    ) -> tuple[BackwardCarry, PyTree[Array]]:
+    def _outputs(self, k, active, loaded: RecordedStep, increments, ct: BackwardCarry):
         """Adds the cotangents of what was saved in step k, and returns those of its dense output."""
         if all(save.at_time is None and save.at_step is None for save in self.traced.saves):
             return ct, None
@@ -356,18 +338,7 @@ class StepPullback:
         return pulled() if save.plain else jax.lax.cond(jnp.any(due), pulled, lambda: ct)
 
     def _at_times(
-        self,
-        j: int,
-        save: Save,
-        fn: ClosedFunction,
-        k: Array,
-        active: Array,
-        before: Array,
-        t0: Array,
-        t1: Array,
-        dense: PyTree[Array],
-        ct: BackwardCarry,
-        ct_dense: PyTree[Array],
+        self, j, save: Save, fn: ClosedFunction, k, active, before, t0, t1, dense, ct, ct_dense
     ) -> tuple[BackwardCarry, PyTree[Array]]:
         """Adds the cotangents of the j-th kind of output, at the save times inside step k."""
 

@@ -163,15 +163,7 @@ def _refresh(refresh, consts: list[Array], c: ForwardCarry, accept: Array) -> Fo
     return c._replace(cache=cache, restarts=c.restarts + jumped.astype(jnp.int32))
 
 
-def _save(
-    traced: Traced,
-    consts: list[Array],
-    start: Start,
-    lanes: Lanes,
-    c: ForwardCarry,
-    step: Outcome,
-    accept: Array,
-) -> ForwardCarry:
+def _save(traced: Traced, consts, start, lanes, c, step: Outcome, accept) -> ForwardCarry:
     """Writes the outputs that fall into this step."""
     ts_index, saved_ts, saved_ys = list(c.ts_index), list(c.saved_ts), list(c.saved_ys)
     for j, save in enumerate(traced.saves):

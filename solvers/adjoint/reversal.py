@@ -333,9 +333,7 @@ class _ChunkReversal:
         consts = added(c.consts, ct_consts or {})
         return solver.split(members), BackwardCarry(y, inner, consts, c.ts_index, c.memory)
 
-    def _lane_pullback(
-        self, functions: tuple[ClosedFunction, ...], step: When, following: When
-    ) -> _LanePullback:
+    def _lane_pullback(self, functions, step: When, following: When) -> _LanePullback:
         return _LanePullback(functions, self.pullback, self.reversal.control, step, following)
 
     def _with_outputs(self, k: Array, active: Array, when: When, c: ChunkCarry) -> ChunkCarry:

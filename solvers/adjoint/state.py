@@ -99,14 +99,7 @@ def finish(
 
 
 def _outputs(
-    sub: diffrax.SubSaveAt,
-    blank: Any,
-    inner: tuple | None,
-    args: Any,
-    t0: Array,
-    t1: Array,
-    y0: PyTree[Array],
-    out: ForwardCarry,
+    sub: diffrax.SubSaveAt, blank, inner: tuple | None, args, t0, t1, y0, out: ForwardCarry
 ) -> tuple[Array, PyTree[Array]]:
     """The rows of one `SubSaveAt`: those of the loop, and those at its two ends."""
     ts, ys = blank.ts, blank.ys
@@ -137,9 +130,7 @@ def _outputs(
     return ts, ys
 
 
-def _write(
-    ts: Array, ys: PyTree[Array], row: Array | int | slice, t: Array, y: PyTree[Array]
-) -> tuple[Array, PyTree[Array]]:
+def _write(ts: Array, ys: PyTree[Array], row, t: Array, y: PyTree[Array]):
     """Puts an output into a row, or the same one into several."""
     put = lambda rows, x: rows.at[row].set(jnp.asarray(x, rows.dtype), mode="drop")
     return put(ts, t), jax.tree.map(put, ys, y)

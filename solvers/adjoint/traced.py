@@ -141,17 +141,7 @@ class _Steps:
         return with_terms(self.stepper, self.noise.known(increments))
 
     def attempt(
-        self,
-        y: PyTree[Array],
-        state: PyTree[Array],
-        cache: PyTree[Array],
-        made_jump: Array,
-        tprev: Array,
-        tnext: Array,
-        t1: Array,
-        floor: Array,
-        controller_state: PyTree[Array],
-        increments: PyTree[Array],
+        self, y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state, increments
     ) -> Outcome:
         """Tries a step; the controller says whether it is accepted, and what comes next."""
         made_jump = made_jump if self.jumps else False
@@ -193,15 +183,7 @@ class _Steps:
             judged=judged,
         )
 
-    def advance(
-        self,
-        y: PyTree[Array],
-        inner: PyTree[Array],
-        t0: Array,
-        t1: Array,
-        made_jump: Array,
-        increments: PyTree[Array],
-    ) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array], Judged | None]:
+    def advance(self, y, inner, t0, t1, made_jump, increments):
         """The part of a step to differentiate."""
         state, cache = inner if self.hands_over else (inner, None)
         made_jump = made_jump if self.jumps else False
@@ -300,14 +282,7 @@ def inner_saves(saveat: diffrax.SaveAt, state: Any) -> list[tuple[diffrax.SubSav
     return [(sub, saved) for sub, saved in saves(saveat, state) if is_inner(sub)]
 
 
-def _trace_save(
-    pool: Pool,
-    stepper: AbstractStepper,
-    sub: diffrax.SubSaveAt,
-    saved: Any,
-    start: Start,
-    info: PyTree[jax.ShapeDtypeStruct],
-) -> Save:
+def _trace_save(pool: Pool, stepper, sub, saved, start: Start, info) -> Save:
     output = lambda t, y: sub.fn(t, y, stepper.args)
     evaluate = lambda t0, t1, info, t: output(
         t, stepper.solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
@@ -328,9 +303,7 @@ def _trace_save(
     )
 
 
-def _controller_habits(
-    stepper: AbstractStepper, controller: diffrax.AbstractStepSizeController, start: Start
-) -> tuple[bool, bool]:
+def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
     """Whether the controller never rejects a step, and whether it can announce a jump."""
     habits = []
 
@@ -360,9 +333,7 @@ def all_finite(y: PyTree[Array]) -> Array:
     return finite
 
 
-def _guarded(
-    y0: PyTree[Array], y1: PyTree[Array], y_error: PyTree[Array] | None, finite: Array
-) -> tuple[PyTree[Array], PyTree[Array] | None]:
+def _guarded(y0, y1, y_error, finite):
     """The candidate and its error as a controller can use them.
 
     A trial state that overflows would make the next step size NaN; an infinite error makes it small.
@@ -379,9 +350,7 @@ def end_floor(t1: Array) -> Array:
     return t1 - 100 * (t1 - jnp.nextafter(t1, jnp.full_like(t1, -jnp.inf)))
 
 
-def _clip_to_end(
-    tprev: Array, tnext: Array, t1: Array, floor: Array, accept: Array | bool
-) -> Array:
+def _clip_to_end(tprev: Array, tnext: Array, t1: Array, floor: Array, accept) -> Array:
     """Never stops just short of t1: there an accepted step ends on t1, a retried one half-way."""
     half = tprev + 0.5 * (t1 - tprev)
     end = jnp.where(jnp.asarray(accept) | (half <= tprev), t1, half)

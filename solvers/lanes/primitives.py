@@ -74,17 +74,12 @@ def solve(program: Program, consts: Sequence[Array], args: PyTree[Array]) -> PyT
 
 def _run_solve(*operands, program: Program, sizes, levels, record):
     shapes = _solve_shapes(program, record)
-    if 0 in sizes:
-        return _empty([shape.aval(sizes) for shape in shapes])
     lanes = Lanes(sizes, levels[: program.consts])
     out = program.forward(lanes, *_unpacked(program, lanes, operands, levels), record)
     return [shape.reshape(x, sizes) for shape, x in zip(shapes, jax.tree.leaves(out), strict=True)]
 
 
 def _run_pullback(*args, program: Program, sizes, levels, outer, perturbed, given):
-    if 0 in sizes:
-        axes = dict(sizes=sizes, levels=levels, outer=outer, perturbed=perturbed)
-        return _empty(_pullback_avals(*args, program=program, given=given, **axes))
     n, lanes = program.consts, Lanes(sizes, levels[: program.consts], outer)
     consts, inputs = _unpacked(program, lanes, args[: len(levels)], levels)
     shown = iter(args[len(levels) :])
@@ -115,11 +110,6 @@ def _unpacked(
     pairs = zip(operands[program.consts :], levels[program.consts :], strict=True)
     args = [lanes.spread(x, has) for x, has in pairs]
     return operands[: program.consts], jax.tree.unflatten(program.args, args)
-
-
-def _empty(avals: list[Any]) -> list[Array]:
-    """What comes of no lanes at all."""
-    return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
 
 
 def _run_tangent(*args, **params):
@@ -214,6 +204,13 @@ def _new_level(args, dims, levels):
     return operands, tuple((d is not None, *has) for d, has in zip(dims, levels, strict=True))
 
 
+def _no_lanes(avals: list[Any]) -> tuple[list[Array], list[None]]:
+    """The results of a map over nothing: any, said to be common to all lanes. (What has an axis of
+    length zero has no largest element, which `error_if` asks for.)
+    """
+    return [jnp.zeros(aval.shape, aval.dtype) for aval in avals], [None] * len(avals)
+
+
 def _repeated(args, dims, shapes: list[LaneShape], size: int):
     """Arrays that every lane needs for itself, repeated where they were shared."""
     out = []
@@ -229,6 +226,8 @@ def _repeated(args, dims, shapes: list[LaneShape], size: int):
 
 def _solve_batch(args, dims, *, program: Program, sizes, levels, record):
     size = _mapped_size(args, dims)
+    if size == 0:
+        return _no_lanes(_solve_avals(program=program, sizes=sizes, levels=levels, record=record))
     operands, levels = _new_level(args, dims, levels)
     params = dict(program=program, sizes=(size, *sizes), levels=levels, record=record)
     return solve_p.bind(*operands, **params), [s.axis for s in _solve_shapes(program, record)]
@@ -243,6 +242,11 @@ def _pullback_batch(args, dims, *, program: Program, sizes, levels, outer, pertu
         out = jax.vmap(run, in_axes=tuple(dims))(*args)
         return out, [0] * len(out)
     size = _mapped_size(args, dims)
+    if size == 0:
+        shape = lambda x, d: x.shape if d is None else x.shape[:d] + x.shape[d + 1 :]
+        pairs = zip(args, dims, strict=True)
+        one = [jax.ShapeDtypeStruct(shape(x, d), x.dtype) for x, d in pairs]
+        return _no_lanes(_pullback_avals(*one, sizes=sizes, levels=levels, outer=outer, **params))
     operands, levels = _new_level(args[:n], dims[:n], levels)
     shown = [s for s, g in zip(_differentiable(program), given, strict=True) if g]
     rest = _repeated(args[n:], dims[n:], residuals + shown, size)
@@ -253,6 +257,8 @@ def _pullback_batch(args, dims, *, program: Program, sizes, levels, outer, pertu
 
 def _tangent_batch(args, dims, *, program: Program, sizes, levels, outer, perturbed):
     n, size = len(levels), _mapped_size(args, dims)
+    if size == 0:
+        return _no_lanes(_tangent_avals(program=program, sizes=sizes))
     operands, new_levels = _new_level(args[:n], dims[:n], levels)
     tangents = [LaneShape((), None)] * sum(perturbed)
     rest = _repeated(args[n:], dims[n:], jax.tree.leaves(program.residuals) + tangents, size)
@@ -278,7 +284,7 @@ def largest(x: Array) -> Array:
 
 def _largest_batch(args, dims):
     (x,), (d,) = args, dims
-    return largest_p.bind(jnp.max(x, axis=d, initial=0)), batching.not_mapped
+    return largest_p.bind(jnp.max(x, axis=d, initial=0)), None
 
 
 def _no_second_derivative(primals, tangents, **params):

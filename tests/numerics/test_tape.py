@@ -96,7 +96,7 @@ OFFSETS = np.array([0.0, 100.0, 200.0])
 def recorded(accept):
     """Attempt i of a lane that has accepted k steps: state 100 lane + k, from k + 1/4 to k + 1."""
     t0 = jnp.full(LANES, 0.25)
-    tape = tapes.start(KEEP, jnp.asarray(OFFSETS), t0, jnp.zeros(LANES, bool), ATTEMPTS)
+    tape = tapes.empty(KEEP, jnp.asarray(OFFSETS), t0, jnp.zeros(LANES, bool), ATTEMPTS)
 
     def attempt(i, carry):
         tape, k = carry
@@ -130,7 +130,7 @@ def test_lanes_in_lockstep_share_their_rows():
     """One index for all: a lane that has ended writes steps of length zero behind its last."""
     ends = np.array([2, 5, 4])
     t0 = jnp.zeros(LANES)
-    tape = tapes.start(KEEP, jnp.arange(3.0), t0, None, 8)
+    tape = tapes.empty(KEEP, jnp.arange(3.0), t0, None, 8)
     t = np.zeros(LANES)
     for k in range(5):
         accept = k < ends

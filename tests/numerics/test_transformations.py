@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from oracles import CONSTANT, DIFFRAX, OURS, PARAMS, Y0, relative, solve, weigh
 from sweeps import sweep
 
-from nde.solvers import DiscreteAdjoint
+from nde.solvers import DiscreteAdjoint, Estimates, ReversibleAdjoint, ReversibleHeun
 
 LANES, MEMBERS = 3, 2
 PID = dfx.PIDController(rtol=1e-4, atol=1e-6)
@@ -130,6 +130,28 @@ def test_three_levels():
         parts = [single(p, s * y, *rest) for s in scales for y, *rest in zip(*DATA, strict=True)]
         want = jax.tree.map(lambda *x: sum(x), *parts)
         assert relative(of_member(got, m), want) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "solver, adjoint",
+    [(dfx.Bosh3(), OURS), (ReversibleHeun(), ReversibleAdjoint(estimates=Estimates()))],
+)
+def test_no_lanes(solver, adjoint):
+    """A map over no examples has empty results, and gradient zero for what the examples share."""
+    none = jnp.zeros((0, *Y0.shape))
+
+    def one(p, y):
+        options = dict(solver=solver, adjoint=adjoint, stepsize_controller=PID)
+        return solve(y, (p, 1.0), vector_field=field, **options).ys
+
+    each = jax.vmap(one, in_axes=(None, 0))
+    together = jax.grad(lambda p, ys: jnp.sum(each(p, ys)), argnums=(0, 1))(PARAMS, none)
+    assert each(PARAMS, none).shape[::2] == none.shape
+    assert relative(together, (jax.tree.map(jnp.zeros_like, PARAMS), none)) == 0
+    apart = jax.vmap(jax.grad(lambda p, y: jnp.sum(one(p, y))), in_axes=(None, 0))(PARAMS, none)
+    assert apart["w"].shape == (0, *PARAMS["w"].shape)
+    outer = jax.vmap(each, in_axes=(None, 0))
+    assert outer(PARAMS, jnp.zeros((0, 2, *Y0.shape))).shape[:2] == (0, 2)
 
 
 def test_axes_that_are_not_in_front():
