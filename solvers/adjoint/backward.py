@@ -23,9 +23,9 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.tape import Doubling, Trail
-from nde.solvers.adjoint.traced import Save, Traced
+from nde.solvers.adjoint.traced import LaneFunctions, Save
 from nde.solvers.estimates.estimates import Judged
-from nde.solvers.lanes.batch import Lanes, choose, masked
+from nde.solvers.lanes.batch import choose, masked
 from nde.solvers.lanes.closures import ClosedFunction
 from nde.solvers.lanes.donors import donors
 
@@ -62,10 +62,8 @@ class BackwardCarry(NamedTuple):
 
 
 def run_backward(
-    traced: Traced,
-    consts: list[Array],
+    functions: LaneFunctions,
     ts: tuple[Array, ...],
-    lanes: Lanes,
     trail: Trail,
     cotangents: Cotangents,
     wanted: dict[int, Array],
@@ -75,9 +73,9 @@ def run_backward(
 
     `plan`: which states the forward loop has kept.
     """
-    pullback = StepPullback(traced, consts, ts, lanes, trail, cotangents, wanted)
+    pullback = StepPullback(functions, ts, trail, cotangents, wanted)
     ct = pullback.final(cotangents)
-    if not traced.hands_over:
+    if not functions.traced.hands_over:
         return _to_start(pullback, trail, plan, ct)
     # Nothing depends on the last cache.
     cache = jax.tree.map(jnp.zeros_like, pullback.first.inner[1])
@@ -183,25 +181,22 @@ class StepPullback:
 
     def __init__(
         self,
-        traced: Traced,
-        consts: list[Array],
+        functions: LaneFunctions,
         ts: tuple[Array, ...],
-        lanes: Lanes,
         trail: Trail,
         cotangents: Cotangents,
         wanted: dict[int, Array],
     ):
-        self.traced, self.lanes = traced, lanes
+        self.traced, self.lanes = functions.traced, functions.lanes
         self.tape, self.steps = trail.tape, trail.steps
         self.ts, self.ts_index = ts, trail.ts_index
         self.saved, self.judged = cotangents.saved_ys, cotangents.judged
         self.wanted = wanted
-        self.donors = donors(trail.steps, lanes, consts)
-        self.consts = self.donors.copied_consts(consts, lanes)
+        self.donors = donors(trail.steps, self.lanes, functions.consts)
+        self.consts = self.donors.copied_consts(functions.consts, self.lanes)
+        self.functions = functions._replace(consts=self.consts)
         start = jnp.zeros((), jnp.int32)
-        self.memory = traced.memory_of(self.consts, lanes, tapes.get(trail.tape.knots, start))
-        self.draw = traced.drawing(self.consts, lanes)
-        self._advance = lanes.per_lane(traced.advance)
+        self.memory = self.functions.memory(tapes.get(trail.tape.knots, start))
         y, inner = tapes.get(trail.tape.states, start) or (None, None)
         first = RecordedStep(y, inner, *tapes.times(trail.tape, start))
         self.first = cast(RecordedStep, self.donors.copied(first))
@@ -221,15 +216,15 @@ class StepPullback:
         self, loaded: RecordedStep, memory: PyTree[Array]
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         """The state behind a step, and the memory of the noise."""
-        increments, memory = self.draw(loaded.t0, loaded.t1, memory)
-        return self._advance(self.consts, *loaded, increments)[:2], memory
+        increments, memory = self.functions.draw(loaded.t0, loaded.t1, memory)
+        return self.functions(self.traced.advance, *loaded, increments)[:2], memory
 
     def step(self, k: Array, loaded: RecordedStep, ct: BackwardCarry) -> BackwardCarry:
         """From the cotangents behind step k to those before it."""
         active = k < self.steps
         y, inner, t0, t1, jump = loaded
         moving, fixed = eqx.partition(inner, eqx.is_inexact_array)
-        increments, memory = self.draw(t0, t1, ct.memory)
+        increments, memory = self.functions.draw(t0, t1, ct.memory)
         ct = ct._replace(memory=memory)
         ct, ct_dense = self._outputs(k, active, loaded, increments, ct)
 
@@ -299,7 +294,7 @@ class StepPullback:
         if all(save.at_time is None and save.at_step is None for save in self.traced.saves):
             return ct, None
         _, _, t0, t1, _ = loaded
-        y1, _, dense, _ = self._advance(self.consts, *loaded, increments)
+        y1, _, dense, _ = self.functions(self.traced.advance, *loaded, increments)
         ct_dense = jax.tree.map(jnp.zeros_like, dense)
         before = jnp.where(k == 0, -jnp.inf, tapes.get(self.tape.knots, k))
         for j, save in enumerate(self.traced.saves):

@@ -28,10 +28,9 @@ from nde.solvers.adjoint.backward import BackwardCarry, Cotangents, run_backward
 from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import stepper_for
 from nde.solvers.adjoint.tape import Doubling, Trail, doubling
-from nde.solvers.adjoint.traced import Start, Traced
+from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
-from nde.solvers.lanes.batch import Lanes
 
 
 class DiscreteAdjoint(diffrax.AbstractAdjoint):
@@ -102,11 +101,10 @@ class _StoredSolve(AbstractSolve):
 
     def pull_back(
         self,
-        lanes: Lanes,
-        consts: list[Array],
+        functions: LaneFunctions,
         ts: tuple[Array, ...],
         trail: Trail,
         cts: Cotangents,
         wanted: dict[int, Array],
     ) -> BackwardCarry:
-        return run_backward(self.traced, consts, ts, lanes, trail, cts, wanted, self._plan)
+        return run_backward(functions, ts, trail, cts, wanted, self._plan)

@@ -14,9 +14,9 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.tape import Doubling, Every, Tape
-from nde.solvers.adjoint.traced import Outcome, Save, Start, Traced, code, end_floor
+from nde.solvers.adjoint.traced import LaneFunctions, Outcome, Save, Start, code, end_floor
 from nde.solvers.estimates.estimates import Judged
-from nde.solvers.lanes.batch import Lanes, choose, masked
+from nde.solvers.lanes.batch import choose, masked
 
 
 class ForwardCarry(NamedTuple):
@@ -43,19 +43,15 @@ class ForwardCarry(NamedTuple):
 
 
 def initial_carry(
-    traced: Traced,
-    consts: list[Array],
-    start: Start,
-    lanes: Lanes,
-    max_steps: int,
-    plan: Doubling | Every | None,
+    functions: LaneFunctions, start: Start, max_steps: int, plan: Doubling | Every | None
 ) -> ForwardCarry:
     """What the loop begins with. `plan`: which states to write down for the way back; None: no tape."""
-    zeros = jnp.zeros(lanes.count, jnp.int32)
-    cache = lanes.per_lane(traced.cache)(consts, start.tprev, start.y, start.state)
-    blank = lambda rows, x: jnp.full((rows, lanes.count, *x.shape), jnp.inf, x.dtype)
+    traced, count = functions.traced, functions.lanes.count
+    zeros = jnp.zeros(count, jnp.int32)
+    cache = functions(traced.cache, start.tprev, start.y, start.state)
+    blank = lambda rows, x: jnp.full((rows, count, *x.shape), jnp.inf, x.dtype)
     outputs = lambda save: jax.tree.map(lambda x: blank(save.rows, x), save.out)
-    times = lambda rows: jnp.full((rows, lanes.count), jnp.inf, start.t1.dtype)
+    times = lambda rows: jnp.full((rows, count), jnp.inf, start.t1.dtype)
     tape = None
     if plan is not None:
         state = (start.y, traced.inner(start.state, cache))
@@ -76,26 +72,18 @@ def initial_carry(
         ts_index=tuple(zeros for _ in traced.saves),
         saved_ts=tuple(times(save.rows) for save in traced.saves),
         saved_ys=tuple(outputs(save) for save in traced.saves),
-        judged=jax.tree.map(lambda x: jnp.zeros((max_steps, lanes.count), x.dtype), traced.judged),
-        memory=traced.memory_of(consts, lanes, start.tprev),
+        judged=jax.tree.map(lambda x: jnp.zeros((max_steps, count), x.dtype), traced.judged),
+        memory=functions.memory(start.tprev),
         extra=(),
         tape=tape,
     )
 
 
 def run_forward(
-    traced: Traced,
-    consts: list[Array],
-    start: Start,
-    lanes: Lanes,
-    max_steps: int,
-    plan: Doubling | Every | None,
+    functions: LaneFunctions, start: Start, max_steps: int, plan: Doubling | Every | None
 ) -> ForwardCarry:
     """Solves in all lanes. `plan`: which states to write down for the way back; None: no tape."""
-    floor = end_floor(start.t1)
-    attempt = lanes.per_lane(traced.attempt)
-    draw = traced.drawing(consts, lanes)
-    refresh = lanes.per_lane(traced.cache)
+    traced, floor = functions.traced, end_floor(start.t1)
 
     def is_live(c: ForwardCarry) -> Array:
         return (c.tprev < start.t1) & (c.result == 0)
@@ -107,10 +95,10 @@ def run_forward(
     def body(carry: tuple[Array, ForwardCarry]) -> tuple[Array, ForwardCarry]:
         attempts, c = carry
         live = is_live(c)
-        increments, memory = draw(c.tprev, c.tnext, c.memory)
+        increments, memory = functions.draw(c.tprev, c.tnext, c.memory)
         times = (c.tprev, c.tnext, start.t1, floor)
         at = (c.y, c.state, c.cache, c.made_jump, *times, c.controller_state)
-        step: Outcome = attempt(consts, *at, increments)
+        step: Outcome = functions(traced.attempt, *at, increments)
         c = c._replace(memory=memory)
         accept = live & step.accept
         index = attempts if traced.uniform else c.accepted
@@ -121,16 +109,16 @@ def run_forward(
         if traced.judged is not None:
             step_row = jnp.where(accept, index, max_steps)  # past the end: not written
             c = c._replace(judged=tapes.put(c.judged, step_row, masked(accept, step.judged)))
-        c = _save(traced, consts, start, lanes, c, step, accept)
+        c = _save(functions, start, c, step, accept)
         cached = bool(jax.tree.leaves(c.cache))
         if traced.jumps and not cached:  # the solver has evaluated anew by itself
             c = c._replace(restarts=c.restarts + (live & c.made_jump).astype(jnp.int32))
         c = _accept(c, step, live, accept)
         if traced.jumps and cached:
-            c = _refresh(refresh, consts, c, accept)
+            c = _refresh(functions, c, accept)
         return attempts + 1, c
 
-    begin = initial_carry(traced, consts, start, lanes, max_steps, plan)
+    begin = initial_carry(functions, start, max_steps, plan)
     _, last = jax.lax.while_loop(cond, body, (jnp.zeros((), jnp.int32), begin))
     stopped = code(diffrax.RESULTS.max_steps_reached)
     return last._replace(result=jnp.where(is_live(last), stopped, last.result))
@@ -152,33 +140,28 @@ def _accept(c: ForwardCarry, step: Outcome, live: Array, accept: Array) -> Forwa
     )
 
 
-def _refresh(refresh, consts: list[Array], c: ForwardCarry, accept: Array) -> ForwardCarry:
+def _refresh(functions: LaneFunctions, c: ForwardCarry, accept: Array) -> ForwardCarry:
     """Behind a jump of the field the last stage is not the first of the next step."""
     jumped = accept & c.made_jump
-    cache = jax.lax.cond(
-        jnp.any(jumped),
-        lambda: choose(jumped, refresh(consts, c.tprev, c.y, c.state), c.cache),
-        lambda: c.cache,
-    )
+    anew = lambda: functions(functions.traced.cache, c.tprev, c.y, c.state)
+    cache = jax.lax.cond(jnp.any(jumped), lambda: choose(jumped, anew(), c.cache), lambda: c.cache)
     return c._replace(cache=cache, restarts=c.restarts + jumped.astype(jnp.int32))
 
 
-def _save(traced: Traced, consts, start, lanes, c, step: Outcome, accept) -> ForwardCarry:
+def _save(functions, start, c: ForwardCarry, step: Outcome, accept) -> ForwardCarry:
     """Writes the outputs that fall into this step."""
     ts_index, saved_ts, saved_ys = list(c.ts_index), list(c.saved_ts), list(c.saved_ys)
-    for j, save in enumerate(traced.saves):
+    for j, save in enumerate(functions.traced.saves):
         rows = (ts_index[j], saved_ts[j], saved_ys[j])
         if save.at_time is not None:
-            at_time = lanes.per_lane(save.at_time)
-            rows = _save_at_times(save, at_time, consts, start.ts[j], c, step, accept, rows)
+            rows = _save_at_times(functions, save, start.ts[j], c, step, accept, rows)
         if save.at_step is not None:
-            at_step = lanes.per_lane(save.at_step)
-            rows = _save_at_step(save, at_step, consts, c, step, accept, rows)
+            rows = _save_at_step(functions, save, c, step, accept, rows)
         ts_index[j], saved_ts[j], saved_ys[j] = rows
     return c._replace(ts_index=tuple(ts_index), saved_ts=tuple(saved_ts), saved_ys=tuple(saved_ys))
 
 
-def _save_at_times(save: Save, at_time, consts, ts, c: ForwardCarry, step: Outcome, accept, rows):
+def _save_at_times(functions, save: Save, ts, c: ForwardCarry, step: Outcome, accept, rows):
     """Interpolates to every requested time up to the end of the step."""
 
     def next_time(index):
@@ -192,7 +175,8 @@ def _save_at_times(save: Save, at_time, consts, ts, c: ForwardCarry, step: Outco
         index, saved_ts, saved_ys = rows
         t, due = next_time(index)
         # A lane with nothing due evaluates at the end of its step, where nothing can go wrong.
-        out = at_time(consts, c.tprev, c.tnext, step.dense_info, jnp.where(due, t, c.tnext))
+        at = (c.tprev, c.tnext, step.dense_info, jnp.where(due, t, c.tnext))
+        out = functions(save.at_time, *at)
         row = jnp.where(due, save.output_row(index, c.accepted), save.rows)
         index = index + due.astype(jnp.int32)
         return index, tapes.put(saved_ts, row, t), tapes.put(saved_ys, row, out)
@@ -200,10 +184,10 @@ def _save_at_times(save: Save, at_time, consts, ts, c: ForwardCarry, step: Outco
     return jax.lax.while_loop(cond, body, rows) if save.times else rows
 
 
-def _save_at_step(save: Save, at_step, consts, c: ForwardCarry, step: Outcome, accept, rows):
+def _save_at_step(functions, save: Save, c: ForwardCarry, step: Outcome, accept, rows):
     """Every n-th accepted step leaves its end."""
     index, saved_ts, saved_ys = rows
     due = accept & ((c.accepted + 1) % save.every == 0)
     row = jnp.where(due, save.output_row(index, c.accepted + 1) - 1, save.rows)
-    out = at_step(consts, step.tprev, step.y)
+    out = functions(save.at_step, step.tprev, step.y)
     return index, tapes.put(saved_ts, row, step.tprev), tapes.put(saved_ys, row, out)

@@ -40,8 +40,8 @@ from nde.solvers.adjoint.backward import (
     replayed_chunk,
 )
 from nde.solvers.adjoint.tape import Trail
-from nde.solvers.adjoint.traced import Start, Traced
-from nde.solvers.lanes.batch import Lanes, choose, masked
+from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
+from nde.solvers.lanes.batch import choose, masked
 from nde.solvers.lanes.closures import ClosedFunction, Pool
 from nde.solvers.reversible.coupling import Rewind, Step
 from nde.solvers.reversible.solver import AbstractReversibleSolver
@@ -140,8 +140,7 @@ class _LanePullback:
     def value(self, fn, x):
         del fn
         step, following = (w._replace(increments=()) for w in (self.step, self.following))
-        evaluate = self.pullback.lanes.per_lane(next(self.functions))
-        return evaluate(self.pullback.consts, step, following, x)
+        return self.pullback.functions(next(self.functions), step, following, x)
 
     def pull(self, fn, x, ct):
         del fn
@@ -186,18 +185,16 @@ class ChunkCarry(NamedTuple):
 
 
 def run_reversed(
-    traced: Traced,
+    functions: LaneFunctions,
     reversal: TracedReversal,
-    consts: list[Array],
     ts: tuple[Array, ...],
-    lanes: Lanes,
     trail: Trail,
     cotangents: Cotangents,
     wanted: dict[int, Array],
     every: int | None,
 ) -> BackwardCarry:
     """Pulls cotangents back to the start. `every`: how many steps lie between stored states."""
-    pullback = StepPullback(traced, consts, ts, lanes, trail, cotangents, wanted)
+    pullback = StepPullback(functions, ts, trail, cotangents, wanted)
     reverse = _ChunkReversal(pullback, reversal)
     most, end = jnp.max(trail.steps), pullback.donors.copied(trail.end)
     ct = pullback.final(cotangents)
@@ -254,8 +251,6 @@ class _ChunkReversal:
         self.pullback, self.reversal, self.solver = pullback, reversal, reversal.solver
         last = jnp.maximum(pullback.steps - 1, 0)
         self.last = pullback.donors.copied(tapes.times(pullback.tape, last))
-        self.control = pullback.lanes.per_lane(reversal.control)
-        self.retreat = pullback.lanes.per_lane(reversal.retreat)
         linear = all(save.is_linear for save in pullback.traced.saves)
         self.fused = linear and pullback.judged is None
 
@@ -267,8 +262,8 @@ class _ChunkReversal:
     def when(self, k: Array, memory: PyTree[Array]) -> tuple[When, PyTree[Array]]:
         """Step k of every lane, and the memory of the noise."""
         t0, t1, jump = self.times(k)
-        increments, memory = self.pullback.draw(t0, t1, memory)
-        control = self.control(self.pullback.consts, t0, t1, increments)
+        increments, memory = self.pullback.functions.draw(t0, t1, memory)
+        control = self.pullback.functions(self.reversal.control, t0, t1, increments)
         return When(t0, t1, jump, control, increments), memory
 
     def chunk(
@@ -284,9 +279,10 @@ class _ChunkReversal:
             (y, others), ct = carry
             k = k0 + length - 1 - j
             t0, t1, jump = self.times(k)
-            increments, memory = self.pullback.draw(t0, t1, ct.memory)
+            increments, memory = self.pullback.functions.draw(t0, t1, ct.memory)
             ct, members = ct._replace(memory=memory), self.solver.members(y, others)
-            members = self.retreat(self.pullback.consts, members, t0, t1, jump, increments)
+            at = (members, t0, t1, jump, increments)
+            members = self.pullback.functions(self.reversal.retreat, *at)
             # A lane that waits undoes its last step again and again, and is pulled back through it.
             undone = self.solver.split(members)
             ct = self.pullback.step(k, RecordedStep(*undone, t0, t1, jump), ct)

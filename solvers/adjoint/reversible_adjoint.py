@@ -39,10 +39,10 @@ from nde.solvers.adjoint.forward import ForwardCarry
 from nde.solvers.adjoint.reversal import TracedReversal, mismatch, run_reversed, trace_reversal
 from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import ReversibleStepper
-from nde.solvers.adjoint.traced import Start, Traced
+from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
-from nde.solvers.lanes.batch import Lanes, choose
+from nde.solvers.lanes.batch import choose
 from nde.solvers.reversible.solver import AbstractReversibleSolver
 
 
@@ -132,38 +132,32 @@ class _ReversedSolve(AbstractSolve):
 
     def pull_back(
         self,
-        lanes: Lanes,
-        consts: list[Array],
+        functions: LaneFunctions,
         ts: tuple[Array, ...],
         trail: tapes.Trail,
         cts: Cotangents,
         wanted: dict[int, Array],
     ) -> BackwardCarry:
-        args = (consts, ts, lanes, trail, cts, wanted, self._every)
-        return run_reversed(self.traced, self._reversal, *args)
+        return run_reversed(functions, self._reversal, ts, trail, cts, wanted, self._every)
 
     def examine(
-        self, consts: list[Array], start: Start, lanes: Lanes, out: ForwardCarry
+        self, functions: LaneFunctions, start: Start, out: ForwardCarry
     ) -> dict[str, Array]:
         if not self.examines:
             return {}
-        at = (consts, start, lanes, out)
-        drift, split = certificate(self.traced, self._reversal, *at, self._every)
+        drift, split = certificate(functions, self._reversal, start, out, self._every)
         return {"drift": drift, "split": split}
 
 
 def certificate(
-    traced: Traced,
+    functions: LaneFunctions,
     reversal: TracedReversal,
-    consts: list[Array],
     start: Start,
-    lanes: Lanes,
     out: ForwardCarry,
     every: int | None,
 ) -> tuple[Array, Array]:
     """Drift and split of a solve, by un-stepping it from its end (or from every stored state)."""
     solver, tape, steps = reversal.solver, cast(tapes.Tape, out.tape), out.accepted
-    retreat = lanes.per_lane(reversal.retreat)
     zero = jnp.zeros(steps.shape, jnp.result_type(*jax.tree.leaves((out.y, out.state))))
 
     def gap(y: PyTree[Array], state: PyTree[Array]) -> Array:
@@ -177,8 +171,9 @@ def certificate(
         k = jnp.max(steps) - 1 - i
         own = jnp.clip(jnp.broadcast_to(k, steps.shape), 0, jnp.maximum(steps - 1, 0))
         t0, t1, jump = tapes.times(tape, own)
-        increments, memory = draw(t0, t1, memory)
-        members = retreat(consts, solver.members(y, state), t0, t1, jump, increments)
+        increments, memory = functions.draw(t0, t1, memory)
+        at = (solver.members(y, state), t0, t1, jump, increments)
+        members = functions(reversal.retreat, *at)
         y, state = choose(k < steps, solver.split(members), (y, state))
         if every is None:
             here, stored = (k < steps) & (k == 0), (start.y, start.state)
@@ -188,7 +183,7 @@ def certificate(
         split = jnp.where(here, jnp.maximum(split, gap(*stored)), split)
         return choose(here, stored, (y, state)), drift, split, memory
 
-    memory, draw = traced.memory_of(consts, lanes, start.tprev), traced.drawing(consts, lanes)
-    first = ((out.y, out.state), zero, gap(out.y, out.state), memory)
-    _, drift, split, _ = jax.lax.fori_loop(0, jnp.max(steps), undo, first)
+    memory = functions.memory(start.tprev)
+    end = ((out.y, out.state), zero, gap(out.y, out.state), memory)
+    _, drift, split, _ = jax.lax.fori_loop(0, jnp.max(steps), undo, end)
     return drift, split

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from nde.solvers.adjoint.backward import BackwardCarry, Cotangents
 from nde.solvers.adjoint.forward import ForwardCarry, initial_carry, run_forward
 from nde.solvers.adjoint.tape import Doubling, Every, Trail
-from nde.solvers.adjoint.traced import Start, Traced
+from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.lanes import primitives
 from nde.solvers.lanes.batch import Lanes, lane_shapes
 from nde.solvers.lanes.donors import cleared
@@ -56,8 +56,7 @@ class AbstractSolve(abc.ABC):
     @abc.abstractmethod
     def pull_back(
         self,
-        lanes: Lanes,
-        consts: list[Array],
+        functions: LaneFunctions,
         ts: tuple[Array, ...],
         trail: Trail,
         cts: Cotangents,
@@ -109,15 +108,14 @@ class AbstractSolve(abc.ABC):
             saved_ys=tuple(map(reached, cts.saved_ys, self.results.saved_ys)),
             judged=cts.judged if jax.tree.leaves(cts.judged) else None,
         )
-        out = self.pull_back(lanes, consts, _row_by_row(args.ts), residuals, given, wanted)
+        functions = LaneFunctions(self.traced, lanes, consts)
+        out = self.pull_back(functions, _row_by_row(args.ts), residuals, given, wanted)
         ct_start = jax.tree.map(lambda _: None, args)._replace(y=out.y, state=out.inner)
         return cleared(residuals.steps > 0, out.consts, lanes), ct_start
 
-    def examine(
-        self, consts: list[Array], start: Start, lanes: Lanes, out: ForwardCarry
-    ) -> PyTree[Array]:
+    def examine(self, functions: LaneFunctions, start: Start, out: ForwardCarry) -> PyTree[Array]:
         """What there is to say about a solve, lane by lane."""
-        del consts, start, lanes, out
+        del functions, start, out
         return ()
 
     def _solved(
@@ -130,8 +128,9 @@ class AbstractSolve(abc.ABC):
     ) -> tuple[ForwardCarry, Trail | None]:
         start = start._replace(ts=_row_by_row(start.ts))
         plan = self.plan() if record or self.examines else None
-        out = loop(self.traced, consts, start, lanes, self.max_steps, plan)
-        out = out._replace(extra=self.examine(consts, start, lanes, out))
+        functions = LaneFunctions(self.traced, lanes, consts)
+        out = loop(functions, start, self.max_steps, plan)
+        out = out._replace(extra=self.examine(functions, start, out))
         if not record or out.tape is None:
             return out._replace(tape=None), None
         steps = jnp.where(out.result == 0, out.accepted, -1)

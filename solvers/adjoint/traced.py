@@ -98,17 +98,6 @@ class Traced:
     knowing: Callable[[PyTree], AbstractStepper]  # the stepper, told those; for tracing only
     judged: Judged | None  # the dtypes of a step's estimates, if there are any
 
-    def memory_of(self, consts: list[Array], lanes: Lanes, t0: Array) -> PyTree[Array]:
-        """A memory of the noise for every lane."""
-        return () if self.memory is None else lanes.per_lane(self.memory)(consts, t0)
-
-    def drawing(self, consts: list[Array], lanes: Lanes) -> Callable[..., tuple[PyTree, PyTree]]:
-        """The function that draws a step's increments: (t0, t1, memory) -> (increments, memory)."""
-        if self.draw is None:
-            return lambda t0, t1, memory: ((), memory)
-        draw = lanes.per_lane(self.draw)
-        return lambda t0, t1, memory: draw(consts, t0, t1, memory)
-
     def inner(self, state: PyTree[Array], cache: PyTree[Array]) -> PyTree[Array]:
         """What `advance` needs besides y, of what travels from step to step."""
         return (state, cache) if self.hands_over else state
@@ -119,6 +108,26 @@ class Traced:
         for save in self.saves:
             functions += [f for f in (save.at_time, save.at_step) if f is not None]
         return {i for f in functions for i in f.uses}
+
+
+class LaneFunctions(NamedTuple):
+    """The functions of a traced solve in all lanes: arguments have a lane axis in front."""
+
+    traced: Traced
+    lanes: Lanes
+    consts: list[Array]
+
+    def __call__(self, fn: ClosedFunction, *args: PyTree[Array]) -> PyTree[Array]:
+        """Evaluates one of them."""
+        return self.lanes.per_lane(fn)(self.consts, *args)
+
+    def memory(self, t0: Array) -> PyTree[Array]:
+        """A memory of the noise."""
+        return () if self.traced.memory is None else self(self.traced.memory, t0)
+
+    def draw(self, t0: Array, t1: Array, memory: PyTree[Array]) -> tuple[PyTree, PyTree]:
+        """The increments of the noise over a step, and the memory for the next."""
+        return ((), memory) if self.traced.draw is None else self(self.traced.draw, t0, t1, memory)
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def _pullback_batch(args, dims, *, program: Program, sizes, levels, outer, pertu
     size = _mapped_size(args, dims)
     if size == 0:
         shape = lambda x, d: x.shape if d is None else x.shape[:d] + x.shape[d + 1 :]
-        pairs = zip(args, dims, strict=True)
+        pairs = zip(map(jnp.asarray, args), dims, strict=True)  # a literal arrives as a number
         one = [jax.ShapeDtypeStruct(shape(x, d), x.dtype) for x, d in pairs]
         return _no_lanes(_pullback_avals(*one, sizes=sizes, levels=levels, outer=outer, **params))
     operands, levels = _new_level(args[:n], dims[:n], levels)

@@ -58,6 +58,7 @@ SINGLE = np.float32
 
 # (row of the table, call, words of the message)
 KNOWN_WITHOUT_DATA = [
+    (5, lambda y: solve({"a": None}, vector_field=lambda t, y, args: y), ["`y0`", "no array"]),
     (6, lambda y: solve(y, dt0=None, stepsize_controller=CONSTANT), ["dt0"]),
     (8, lambda y: solve(y, max_steps=0), ["`max_steps` is 0", ">= 1"]),
     (8, lambda y: solve(y, max_steps=-3), ["`max_steps` is -3", ">= 1"]),
