@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from nde.solvers import trees
 from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.tape import Doubling, Trail
 from nde.solvers.adjoint.traced import LaneFunctions, Save
 from nde.solvers.estimates.estimates import Judged
-from nde.solvers.lanes.batch import choose, masked
+from nde.solvers.lanes.batch import masked
 from nde.solvers.lanes.closures import ClosedFunction
 from nde.solvers.lanes.donors import donors
 
@@ -78,7 +79,7 @@ def run_backward(
     if not functions.traced.hands_over:
         return _to_start(pullback, trail, plan, ct)
     # Nothing depends on the last cache.
-    cache = jax.tree.map(jnp.zeros_like, pullback.first.inner[1])
+    cache = trees.zeros_like(pullback.first.inner[1])
     ct = _to_start(pullback, trail, plan, ct._replace(inner=(ct.inner, cache)))
     # Where no lane took a step there is none to copy, and the field may be undefined.
     none = lambda: ct._replace(inner=ct.inner[0])
@@ -122,7 +123,7 @@ def replay(
         loaded, states, memory = carry
         k = jnp.asarray(k, jnp.int32)  # a number under `jax.disable_jit`
         after, memory = pullback.advance(loaded, memory)
-        after = choose(k + 1 < pullback.steps, after, (loaded.y, loaded.inner))
+        after = trees.where(k + 1 < pullback.steps, after, (loaded.y, loaded.inner))
         states = tapes.put(states, tape_row(k + 1), after)
         return pullback.load(k + 1, after), states, memory
 
@@ -210,7 +211,7 @@ class StepPullback:
         """Step k from `state` in every lane that has one, else a harmless one."""
         y, inner = state
         loaded = RecordedStep(y, inner, *tapes.times(self.tape, k))
-        return cast(RecordedStep, choose(k < self.steps, loaded, self.first))
+        return cast(RecordedStep, trees.where(k < self.steps, loaded, self.first))
 
     def advance(
         self, loaded: RecordedStep, memory: PyTree[Array]
@@ -240,7 +241,7 @@ class StepPullback:
         ct_out = (*behind, ct_dense, ct_judged)
         uses = self.traced.advance.uses
         _, ct_consts, ct_x = self.transpose(advance, uses, (y, moving), aux, ct_out)
-        y, inner = choose(active, ct_x, (ct.y, ct.inner))
+        y, inner = trees.where(active, ct_x, (ct.y, ct.inner))
         return ct._replace(y=y, inner=inner, consts=added(ct.consts, ct_consts))
 
     def first_cache(self, ct: BackwardCarry) -> BackwardCarry:
@@ -251,7 +252,7 @@ class StepPullback:
         _, ct_consts, ct_y = self.transpose(
             evaluate, self.traced.cache.uses, self.first.y, aux, masked(succeeded, ct_cache)
         )
-        y = jax.tree.map(jnp.add, ct.y, masked(succeeded, ct_y))
+        y = trees.add(ct.y, masked(succeeded, ct_y))
         return ct._replace(y=y, inner=ct_state, consts=added(ct.consts, ct_consts))
 
     def transpose(
@@ -295,7 +296,7 @@ class StepPullback:
             return ct, None
         _, _, t0, t1, _ = loaded
         y1, _, dense, _ = self.functions(self.traced.advance, *loaded, increments)
-        ct_dense = jax.tree.map(jnp.zeros_like, dense)
+        ct_dense = trees.zeros_like(dense)
         before = jnp.where(k == 0, -jnp.inf, tapes.get(self.tape.knots, k))
         for j, save in enumerate(self.traced.saves):
             if self.saved[j] is None:
@@ -327,7 +328,7 @@ class StepPullback:
 
         def pulled() -> BackwardCarry:
             ct_consts, ct_y = self._output(at_step, save, fn.uses, due, y1, t1, ct_out)
-            y = jax.tree.map(jnp.add, ct.y, ct_y)
+            y = trees.add(ct.y, ct_y)
             return ct._replace(y=y, consts=added(ct.consts, ct_consts))
 
         return pulled() if save.plain else jax.lax.cond(jnp.any(due), pulled, lambda: ct)
@@ -354,7 +355,7 @@ class StepPullback:
             row = jnp.where(due, save.output_row(index - 1, jnp.broadcast_to(k, due.shape)), 0)
             ct_out, aux = tapes.get(self.saved[j], row), (t0, t1, jnp.where(due, t, t1))
             ct_consts, ct_here = self._output(at_time, save, fn.uses, due, dense, aux, ct_out)
-            ct_dense = jax.tree.map(jnp.add, ct_dense, ct_here)
+            ct_dense = trees.add(ct_dense, ct_here)
             return index - due.astype(jnp.int32), ct_dense, added(ct_all, ct_consts)
 
         index, ct_dense, ct_consts = jax.lax.while_loop(

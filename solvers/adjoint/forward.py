@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from nde.solvers import trees
 from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.tape import Doubling, Every, Tape
 from nde.solvers.adjoint.traced import LaneFunctions, Outcome, Save, Start, code, end_floor
 from nde.solvers.estimates.estimates import Judged
-from nde.solvers.lanes.batch import choose, masked
+from nde.solvers.lanes.batch import masked
 
 
 class ForwardCarry(NamedTuple):
@@ -127,14 +128,14 @@ def run_forward(
 def _accept(c: ForwardCarry, step: Outcome, live: Array, accept: Array) -> ForwardCarry:
     """Lanes that accept the step move to its end; all live ones do what the controller says."""
     return c._replace(
-        y=choose(accept, step.y, c.y),
-        state=choose(accept, step.state, c.state),
-        cache=choose(accept, step.cache, c.cache),
-        made_jump=choose(accept, step.made_jump, c.made_jump),
-        tprev=choose(accept, step.tprev, c.tprev),
-        tnext=choose(live, step.tnext, c.tnext),
-        controller_state=choose(live, step.controller_state, c.controller_state),
-        result=choose(live, step.result, c.result),
+        y=trees.where(accept, step.y, c.y),
+        state=trees.where(accept, step.state, c.state),
+        cache=trees.where(accept, step.cache, c.cache),
+        made_jump=trees.where(accept, step.made_jump, c.made_jump),
+        tprev=trees.where(accept, step.tprev, c.tprev),
+        tnext=trees.where(live, step.tnext, c.tnext),
+        controller_state=trees.where(live, step.controller_state, c.controller_state),
+        result=trees.where(live, step.result, c.result),
         accepted=c.accepted + accept.astype(jnp.int32),
         rejected=c.rejected + (live & ~accept).astype(jnp.int32),
     )
@@ -144,7 +145,9 @@ def _refresh(functions: LaneFunctions, c: ForwardCarry, accept: Array) -> Forwar
     """Behind a jump of the field the last stage is not the first of the next step."""
     jumped = accept & c.made_jump
     anew = lambda: functions(functions.traced.cache, c.tprev, c.y, c.state)
-    cache = jax.lax.cond(jnp.any(jumped), lambda: choose(jumped, anew(), c.cache), lambda: c.cache)
+    cache = jax.lax.cond(
+        jnp.any(jumped), lambda: trees.where(jumped, anew(), c.cache), lambda: c.cache
+    )
     return c._replace(cache=cache, restarts=c.restarts + jumped.astype(jnp.int32))
 
 

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from nde.solvers import trees
 from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.backward import (
     BackwardCarry,
@@ -41,7 +42,7 @@ from nde.solvers.adjoint.backward import (
 )
 from nde.solvers.adjoint.tape import Trail
 from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
-from nde.solvers.lanes.batch import choose, masked
+from nde.solvers.lanes.batch import masked
 from nde.solvers.lanes.closures import ClosedFunction, Pool
 from nde.solvers.reversible.coupling import Rewind, Step
 from nde.solvers.reversible.solver import AbstractReversibleSolver
@@ -120,7 +121,7 @@ class _Recorder:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), closed.out)
 
     def pull(self, fn, x, ct):
-        return self.value(fn, x), {}, jax.tree.map(jnp.zeros_like, x)
+        return self.value(fn, x), {}, trees.zeros_like(x)
 
 
 class _LanePullback:
@@ -206,7 +207,7 @@ def run_reversed(
         end, ct, rows = carry
         k0 = every * ((most - 1) // every - i)
         length, here = jnp.minimum(every, most - k0), trail.steps > k0
-        stored = choose(here, tapes.get(trail.tape.states, k0 // every), end)
+        stored = trees.where(here, tapes.get(trail.tape.states, k0 // every), end)
         found, undone = reverse.chunk(k0, length, end, ct)
         missed = here & _missed(found, stored, end)
         redo = lambda rows: replayed_chunk(pullback, k0, length, stored, ct, rows)
@@ -257,7 +258,7 @@ class _ChunkReversal:
     def times(self, k: Array) -> tuple[Array, Array, Array]:
         """Where step k starts and ends in every lane that has one, else its last step."""
         times = tapes.times(self.pullback.tape, k)
-        return cast(Any, choose(k < self.pullback.steps, times, self.last))
+        return cast(Any, trees.where(k < self.pullback.steps, times, self.last))
 
     def when(self, k: Array, memory: PyTree[Array]) -> tuple[When, PyTree[Array]]:
         """Step k of every lane, and the memory of the noise."""
@@ -286,7 +287,7 @@ class _ChunkReversal:
             # A lane that waits undoes its last step again and again, and is pulled back through it.
             undone = self.solver.split(members)
             ct = self.pullback.step(k, RecordedStep(*undone, t0, t1, jump), ct)
-            return choose(k < self.pullback.steps, undone, (y, others)), ct
+            return trees.where(k < self.pullback.steps, undone, (y, others)), ct
 
         return jax.lax.fori_loop(0, length, step, (end, ct))
 
@@ -310,8 +311,8 @@ class _ChunkReversal:
                 lane_pullback, c.back._replace(cts=cts, ct_first=ct_first)
             )
             return ChunkCarry(
-                choose(active, back, c.back),
-                choose(active, when, c.following),
+                trees.where(active, back, c.back),
+                trees.where(active, when, c.following),
                 added(c.consts, ct_consts or {}),
                 c.ts_index,
                 memory,
@@ -325,7 +326,7 @@ class _ChunkReversal:
         lane_pullback = self._lane_pullback(self.reversal.finish, last, last)
         members, cts, ct_consts = solver.finish_rewind(lane_pullback, c.back)
         # Lanes without a step ran on the donor's data; their result is discarded.
-        y, inner = choose(pullback.steps > 0, solver.split(cts), (ct.y, ct.inner))
+        y, inner = trees.where(pullback.steps > 0, solver.split(cts), (ct.y, ct.inner))
         consts = added(c.consts, ct_consts or {})
         return solver.split(members), BackwardCarry(y, inner, consts, c.ts_index, c.memory)
 

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from nde.solvers import trees
 from nde.solvers.adjoint import loop
 from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.backward import BackwardCarry, Cotangents
@@ -42,7 +43,6 @@ from nde.solvers.adjoint.stepper import ReversibleStepper
 from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
-from nde.solvers.lanes.batch import choose
 from nde.solvers.reversible.solver import AbstractReversibleSolver
 
 
@@ -174,14 +174,14 @@ def certificate(
         increments, memory = functions.draw(t0, t1, memory)
         at = (solver.members(y, state), t0, t1, jump, increments)
         members = functions(reversal.retreat, *at)
-        y, state = choose(k < steps, solver.split(members), (y, state))
+        y, state = trees.where(k < steps, solver.split(members), (y, state))
         if every is None:
             here, stored = (k < steps) & (k == 0), (start.y, start.state)
         else:
             here, stored = (k < steps) & (k % every == 0), tapes.get(tape.states, k // every)
         drift = jnp.where(here, jnp.maximum(drift, mismatch((y, state), stored)), drift)
         split = jnp.where(here, jnp.maximum(split, gap(*stored)), split)
-        return choose(here, stored, (y, state)), drift, split, memory
+        return trees.where(here, stored, (y, state)), drift, split, memory
 
     memory = functions.memory(start.tprev)
     end = ((out.y, out.state), zero, gap(out.y, out.state), memory)

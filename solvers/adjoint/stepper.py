@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from nde.solvers import trees
 from nde.solvers.adjoint.cost import Evaluations, Wanted, of_solver
 from nde.solvers.estimates import estimates
 from nde.solvers.methods import explicit_rk
@@ -313,4 +314,4 @@ def stepper_for(
 
 
 def _dense(y0, y1, ks):
-    return dict(y0=y0, y1=y1, k=jax.tree.map(lambda *k: jnp.stack(k), *ks))
+    return dict(y0=y0, y1=y1, k=trees.stack(ks))

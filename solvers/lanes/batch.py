@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
+from nde.solvers import trees
 from nde.solvers._compat import ShapedArray
 
 Levels = tuple[bool, ...]  # on which levels an array differs
@@ -184,16 +185,6 @@ class Lanes(NamedTuple):
         return batched
 
 
-def choose(where: Bool[Array, "..."], new: PyTree[Array], old: PyTree[Array]) -> PyTree[Array]:
-    """Lane by lane, `new` where it holds, else `old`, in the dtype of `old`."""
-
-    def pick(a: Array, b: Array) -> Array:
-        mask = where.reshape(where.shape + (1,) * (b.ndim - where.ndim))
-        return jnp.where(mask, a if a.dtype == b.dtype else a.astype(b.dtype), b)
-
-    return jax.tree.map(pick, new, old)
-
-
 def masked(where: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:
     """Lane by lane, zero where it does not hold."""
-    return choose(where, tree, jax.tree.map(jnp.zeros_like, tree))
+    return trees.where(where, tree, trees.zeros_like(tree))

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from nde.solvers.lanes.batch import Lanes, Levels, choose, masked
+from nde.solvers import trees
+from nde.solvers.lanes.batch import Lanes, Levels, masked
 
 
 class Donors(NamedTuple):
@@ -46,7 +47,7 @@ class Donors(NamedTuple):
         used = jnp.any(self.healthy.reshape(lanes.sizes), axis=others)
         place = jnp.unravel_index(self.best, lanes.sizes)
         theirs = const[tuple(p for p, h in zip(place, has, strict=True) if h)]
-        return choose(used, const, theirs[(None,) * used.ndim])
+        return trees.where(used, const, theirs[(None,) * used.ndim])
 
 
 def donors(steps: Int[Array, " lanes"], lanes: Lanes, consts: list[Array]) -> Donors:
