@@ -20,25 +20,23 @@ is a sweep of the same kind from the far corner: with u the derivative with resp
     k[i+1,j], k[i,j+1]  receive  alpha u        k[i,j]  receives  -beta u
     D  receives  u ((k[i+1,j] + k[i,j+1]) (1/2 + D/6) + k[i,j] D/6).
 
-It needs k once more, in reverse order, and recomputes it: the scheme solved for k[i,j] is a step backwards,
-
-    k[i,j] = (alpha (k[i+1,j] + k[i,j+1]) - k[i+1,j+1]) / beta,
-
-which lacks the last row only; that is stored. The gradient is that of the scheme, to rounding.
+It needs k once more, in reverse order: two diagonals are kept of every segment of about sqrt(2 (m + n) / R)
+antidiagonals, and each segment is recomputed. (Solved for k[i,j] the scheme runs backwards
+from two diagonals alone, but multiplies rounding by about k^2: float32 has no digit left at k = 1000.)
 
 In code:    i in 0..m and j in 0..n count points, E = i + j antidiagonals of whole cells; y is reversed
             and repeats its ends, so that those of a diagonal are one slice (cells outside have D = 0,
             where k stays 1 before the edge and continues constantly behind it); channels come first.
-Cost:       R^2 m n cells per pair, about four times that with the gradient. Memory of a block of pairs:
-            about 10 R m numbers per pair and R (m + n) for the last row; nothing has R^2 m n, nor m n.
-            Blocks are taken one by one, also by the gradient.
-Accuracy:   wants |D| / R^2 < 1: scale the paths. Rounding enters the gradient times the largest k, so
-            values above 1e4 want float64.
+Cost:       R^2 m n cells per pair, about four times that with the gradient. Memory of a pair: a few times
+            R m numbers, with the gradient about 3 R m sqrt(R (m + n)); nothing has R^2 m n. Blocks of pairs
+            are taken one by one, also by the gradient, whose memory is that of one block.
+Accuracy:   wants |D| / R^2 < 1: scale the paths.
 Not for:    derivatives of derivatives, and forward mode.
 Reference:  The signature kernel is the solution of a Goursat PDE (2021) | arXiv:2006.14794
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -219,74 +217,86 @@ class _Sweep(eqx.Module):
 
     def value(self) -> Float[Array, "xs ys"]:
         """The kernel of every pair."""
-        return self.forward(keep_last_row=False)[0][0][..., -1]
-
-    def forward(
-        self, keep_last_row: bool
-    ) -> tuple[tuple[Array, Array], Float[Array, "diagonals R xs ys"] | None]:
-        """The last two diagonals, newest first, and the last row of k as it leaves the window."""
-        ones = jnp.ones((self.x.shape[1], self.y.shape[1], self.R * self.m + 1), self.x.dtype)
-
-        def advance(carry, E):
-            new, old, before = carry
-            cells, left = self.cells(self.x, self.window(E)), []
-            for s in range(self.R):
-                D = self.refined(cells, before, s)
-                left.append(old[..., -1])
-                inner = (1 + D / 2 + D**2 / 12) * _neighbors(new) - (1 - D**2 / 12) * old[..., :-1]
-                new, old = jnp.concatenate([ones[..., :1], inner], axis=-1), new
-            return (new, old, cells), jnp.stack(left) if keep_last_row else None
-
-        start = (ones, ones, jnp.zeros_like(ones[..., : self.m]))
-        (new, old, _), last_row = jax.lax.scan(advance, start, jnp.arange(self.m + self.n))
-        return (new, old), last_row
+        diagonals = jnp.arange(self.m + self.n)
+        (new, _, _), _ = jax.lax.scan(
+            lambda carry, E: (self.advance(carry, E)[0], None), self.edge(), diagonals
+        )
+        return new[..., -1]
 
     def pullback(self, ct: Float[Array, "xs ys"]) -> tuple[Path, Path]:
         """The derivatives with respect to the two blocks of paths, of the sum of ct times k."""
-        (new, old), last_row = self.forward(keep_last_row=True)
-        zeros = jnp.zeros_like(new)
-        none = jnp.zeros_like(new[..., : self.m])
-        start = (
-            (new, old, zeros.at[..., -1].set(ct), zeros),
-            (self.cells(self.x, self.window(self.m + self.n - 1)), none),
+        total = self.m + self.n
+        length = max(1, round(math.sqrt(2 * total / self.R)))
+        segments = -(-total // length)  # the last may go on behind the corner, where k is constant
+        diagonals = jnp.arange(segments * length).reshape(segments, length)
+
+        def forward(carry, Es):
+            return jax.lax.scan(lambda c, E: (self.advance(c, E)[0], None), carry, Es)[0], carry
+
+        (new, old, _), starts = jax.lax.scan(forward, self.edge(), diagonals)
+
+        def backward(carry, segment):
+            Es, start = segment
+            _, olds = jax.lax.scan(lambda c, E: self.advance_and_keep(c, E), start, Es)
+            retreat = lambda carry, step: (self.retreat(*carry, *step), None)
+            return jax.lax.scan(retreat, carry, (Es, olds), reverse=True)[0], None
+
+        zeros, none = jnp.zeros_like(new), jnp.zeros_like(new[..., : self.m])
+        end = (
+            (old, zeros.at[..., -1].set(ct), zeros),
+            none,
             (jnp.zeros_like(self.x), jnp.zeros_like(self.y)),
         )
-        diagonals = jnp.arange(self.m + self.n)
+        (_, _, cts), _ = jax.lax.scan(backward, end, (diagonals, starts), reverse=True)
+        return cts[0], _unpadded(cts[1][..., ::-1], self.m)
 
-        def retreat(carry, diagonal):
-            return self.retreat(*carry, *diagonal), None
+    def edge(self) -> tuple[Array, Array, Cells]:
+        """What `advance` starts from: two diagonals of ones, and cells before the first."""
+        ones = jnp.ones((self.x.shape[1], self.y.shape[1], self.R * self.m + 1), self.x.dtype)
+        return ones, ones, jnp.zeros_like(ones[..., : self.m])
 
-        end, _ = jax.lax.scan(retreat, start, (diagonals, last_row), reverse=True)
-        ct_x, ct_y = end[2]
-        return ct_x, _unpadded(ct_y[..., ::-1], self.m)
+    def advance(self, carry: Any, E: Int[Array, ""]) -> tuple[Any, list[Array]]:
+        """One antidiagonal of whole cells: the last two diagonals (newest first) and the cells. Also
+        the diagonals that fell out of the window on the way.
+        """
+        new, old, before = carry
+        cells, olds = self.cells(self.x, self.window(E)), []
+        for s in range(self.R):
+            D = self.refined(cells, before, s)
+            olds.append(old)
+            inner = (1 + D / 2 + D**2 / 12) * _neighbors(new) - (1 - D**2 / 12) * old[..., :-1]
+            new, old = jnp.concatenate([jnp.ones_like(inner[..., :1]), inner], axis=-1), new
+        return (new, old, cells), olds
 
-    def retreat(self, nodes: Any, cells_and_ct: Any, cts: Any, E: Array, last_row: Array) -> Any:
-        """One antidiagonal of whole cells back."""
-        (new, old, ct_new, ct_old), (cells, ct_cells), (ct_x, ct_y) = nodes, cells_and_ct, cts
-        before = self.cells(self.x, self.window(E - 1))
+    def advance_and_keep(self, carry: Any, E: Int[Array, ""]) -> tuple[Any, Array]:
+        carry, olds = self.advance(carry, E)
+        return carry, jnp.stack(olds)
+
+    def retreat(self, nodes: Any, ct_cells: Array, cts: Any, E: Array, olds: Array) -> Any:
+        """One antidiagonal of whole cells back; `olds` are the diagonals that `advance` gave away."""
+        (old, ct_new, ct_old), (ct_x, ct_y) = nodes, cts
+        cells, before = (self.cells(self.x, self.window(at)) for at in (E, E - 1))
         ct_before = jnp.zeros_like(ct_cells)
         for s in reversed(range(self.R)):
             D = self.refined(cells, before, s)
             alpha, beta = 1 + D / 2 + D**2 / 12, 1 - D**2 / 12
-            u, pair = ct_new[..., 1:], _neighbors(old)
-            oldest = (alpha * pair - new[..., 1:]) / beta
-            ct_D = u * (pair * (0.5 + D / 6) + oldest * D / 6)
+            u = ct_new[..., 1:]
+            ct_D = u * (_neighbors(old) * (0.5 + D / 6) + olds[s][..., :-1] * D / 6)
             own, lower = self.coarse(ct_D, s)
             ct_cells, ct_before = ct_cells + own, ct_before + lower
-            new, old = old, jnp.concatenate([oldest, last_row[s][..., None]], axis=-1)
+            old = olds[s]
             ct_new, ct_old = ct_old + _to_neighbors(alpha * u), _to_left(-beta * u)
         j = E - jnp.arange(self.m)
         inside = (0 <= j) & (j < self.n)
-        window = self.window(E)
-        _, pull = jax.vjp(lambda x, y: self.cells(x, y), self.x, window)
+        _, pull = jax.vjp(lambda x, y: self.cells(x, y), self.x, self.window(E))
         add_x, add_y = pull(jnp.where(inside[None, None], ct_cells, 0.0))
         at = (0, 0, self.start(E))
         seen = jax.lax.dynamic_slice(ct_y, at, add_y.shape)
         ct_y = jax.lax.dynamic_update_slice(ct_y, seen + add_y, at)
-        return (new, old, ct_new, ct_old), (before, ct_before), (ct_x + add_x, ct_y)
+        return (old, ct_new, ct_old), ct_before, (ct_x + add_x, ct_y)
 
     def start(self, E: Int[Array, ""] | int) -> Int[Array, ""]:
-        return jnp.asarray(self.n + self.m - 1 - E)
+        return jnp.maximum(self.n + self.m - 1 - E, 0)  # behind the corner all cells have D = 0
 
     def window(self, E: Int[Array, ""] | int) -> Path:
         """The m + 1 points of y that meet those of x in the cells of antidiagonal E."""

@@ -13,10 +13,10 @@ from nde.losses import RBF, signature_gram, signature_kernel
 RNG = np.random.default_rng(0)
 
 
-@functools.cache
+@functools.partial(jax.jit, static_argnums=1)
 def straight(product, order):
     line = jnp.linspace(0.0, 1.0, 9)[:, None]
-    return float(signature_kernel(line, product * line, dyadic_order=order))
+    return signature_kernel(line, product * line, dyadic_order=order)
 
 
 def test_straight_lines_are_bessel_functions_and_a_constant_path_is_1():
@@ -120,13 +120,14 @@ def test_gradient_is_that_of_the_plain_sweep_in_a_quarter_of_its_memory(kernel, 
     assert memory[0] <= memory[1] / 4
 
 
-def test_rounding_of_the_way_back_grows_with_the_kernel_only():
-    """The sweep is undone from values near 1e5 to 1, which costs their digits and no more."""
-    x = jnp.linspace(0.0, 1.0, 33)[:, None] * jnp.asarray([[6.5]])
+def test_a_large_kernel_costs_the_gradient_no_digits():
+    x = jnp.linspace(0.0, 1.0, 9)[:, None] * jnp.asarray([[6.5]])
     value, own = jax.value_and_grad(lambda x: signature_kernel(x, x))(x)
     assert value > 1e4
     expected = jax.grad(lambda x: plain(x, x, None, 1))(x)
-    np.testing.assert_allclose(own, expected, rtol=0, atol=1e-9 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(own, expected, rtol=1e-9)
+    single = jax.grad(lambda x: signature_kernel(x, x))(x.astype(jnp.float32))
+    np.testing.assert_allclose(single, expected, rtol=0.02)
 
 
 @pytest.mark.parametrize(
