@@ -125,9 +125,10 @@ def test_a_large_kernel_costs_the_gradient_no_digits():
     value, own = jax.value_and_grad(lambda x: signature_kernel(x, x))(x)
     assert value > 1e4
     expected = jax.grad(lambda x: plain(x, x, None, 1))(x)
-    np.testing.assert_allclose(own, expected, rtol=1e-9)
+    largest = float(jnp.abs(expected).max())  # the inner points cancel to a millionth of that
+    np.testing.assert_allclose(own, expected, rtol=0, atol=1e-12 * largest)
     single = jax.grad(lambda x: signature_kernel(x, x))(x.astype(jnp.float32))
-    np.testing.assert_allclose(single, expected, rtol=0.02)
+    np.testing.assert_allclose(single, expected, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize(
