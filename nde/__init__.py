@@ -15,6 +15,7 @@ from nde import paths as paths
 from nde import regularizers as regularizers
 from nde import solvers as solvers
 from nde.cde import NeuralCDE as NeuralCDE
+from nde.cnf import CNF as CNF
 from nde.hybrid import HybridODE as HybridODE
 from nde.linear_cde import LinearCDE as LinearCDE
 from nde.log_cde import LogNeuralCDE as LogNeuralCDE
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CNF",
     "HamiltonianODE",
     "HybridODE",
     "LagrangianODE",

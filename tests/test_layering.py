@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     **dict.fromkeys(["_inputs", "_times", "_model", "_solve", "_recurrence"], 0),
     **dict.fromkeys(["_initial_value", "_controlled", "fields", "paths"], 0),
-    **dict.fromkeys(["ode", "hybrid", "cde", "log_cde", "linear_cde", "mechanics"], 1),
+    **dict.fromkeys(["ode", "hybrid", "cde", "log_cde", "linear_cde", "mechanics", "cnf"], 1),
     **dict.fromkeys(["losses", "regularizers", "evaluate"], 2),
     **dict.fromkeys(["_training", "train", "inference"], 3),
     **dict.fromkeys(["plot", "__init__"], 4),

@@ -3,13 +3,21 @@
 `squared_error` compares numbers with numbers, `trajectory` a model's solve with a series. For models that
 draw paths, scores compare a sample of paths with another, `score(ts, fake, real, mask=None, key=None)`:
 `finite_dimensional_score`, `signature_score`, `moments`; `path_score` binds one to a model and a batch.
-`likelihood` is for SDEs whose state is observed.
+`likelihood` is for SDEs whose state is observed, `flow_likelihood` and `flow_matching` for an `nde.CNF`.
 """
 
 from nde.losses.finite_dimensional import finite_dimensional_score as finite_dimensional_score
+from nde.losses.flow_likelihood import flow_likelihood as flow_likelihood
 from nde.losses.horizon import growing_horizon as growing_horizon
 from nde.losses.kernels import RBF as RBF
 from nde.losses.kernels import Energy as Energy
+from nde.losses.matching import Entropic as Entropic
+from nde.losses.matching import SchroedingerBridge as SchroedingerBridge
+from nde.losses.matching import Straight as Straight
+from nde.losses.matching import VariancePreserving as VariancePreserving
+from nde.losses.matching import flow_matching as flow_matching
+from nde.losses.matching import independent as independent
+from nde.losses.matching import optimal as optimal
 from nde.losses.moments import moments as moments
 from nde.losses.path_score import path_score as path_score
 from nde.losses.signature_kernel import signature_gram as signature_gram
@@ -25,14 +33,22 @@ from nde.losses.transitions import likelihood as likelihood
 __all__ = [
     "RBF",
     "Energy",
+    "Entropic",
+    "SchroedingerBridge",
+    "Straight",
+    "VariancePreserving",
     "bridge_density",
     "euler_density",
     "finite_dimensional_score",
+    "flow_likelihood",
+    "flow_matching",
     "growing_horizon",
+    "independent",
     "likelihood",
     "log_mse",
     "moments",
     "mse",
+    "optimal",
     "path_score",
     "signature_gram",
     "signature_kernel",

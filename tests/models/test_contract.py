@@ -107,6 +107,7 @@ MODELS = {
     "HamiltonianODE": Case(hamiltonian, of_halves, idle=".layers[1].bias"),
     "LagrangianODE": Case(lagrangian, of_halves, idle=".layers[1].bias"),
     "PortHamiltonianODE": Case(port_hamiltonian, of_times, idle=".layers[1].bias"),
+    "CNF": Case(lambda: nde.CNF(mlp(), nde.cnf.Normal(2)), of_times),
     "NeuralCDE": Case(lambda: nde.NeuralCDE(matrix(), linear(3, 3), linear(3, 2)), of_path),
     "LogNeuralCDE": Case(
         lambda: nde.LogNeuralCDE(matrix(), linear(3, 3), linear(3, 2)), of_windows
