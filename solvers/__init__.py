@@ -16,6 +16,7 @@ from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.estimates.wrapper import WithEstimates
 from nde.solvers.failures.diagnosis import Diagnosis, SolveError, diagnose
 from nde.solvers.integrals import ride_along
+from nde.solvers.methods.hypersolver import Hypersolver, fingerprint
 from nde.solvers.methods.levy_heun import LevyHeun
 from nde.solvers.methods.sosri import SOSRI, SOSRI2
 from nde.solvers.reversible.ees import EES25, EES27
@@ -35,6 +36,7 @@ __all__ = [
     "EES25",
     "EES27",
     "Estimates",
+    "Hypersolver",
     "LevyHeun",
     "Reversible",
     "ReversibleAdjoint",
@@ -45,5 +47,6 @@ __all__ = [
     "WithEstimates",
     "Yoshida4",
     "diagnose",
+    "fingerprint",
     "ride_along",
 ]

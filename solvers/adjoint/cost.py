@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers.estimates.wrapper import WithEstimates
 from nde.solvers.lanes.closures import needed_eqns
+from nde.solvers.methods.hypersolver import Hypersolver
 from nde.solvers.reversible.solver import AbstractReversibleSolver
 
 _MARK = "nde evaluation of leaf "
@@ -64,6 +65,9 @@ def of_solver(
     if issubclass(kind, WithEstimates):
         inner, wanted = state.solver_state, Wanted(error=True, dense=True)
         return of_solver(solver.solver, terms, args, t0, t1, y0, inner, wanted)
+    if issubclass(kind, Hypersolver):  # the rate that the correction sees is the base's first stage
+        start, attempt, _ = of_solver(solver.base, terms, args, t0, t1, y0, state, wanted)
+        return Evaluations(0, start + attempt)
     if issubclass(kind, diffrax.AbstractRungeKutta):
         tableau = solver.tableau
         if isinstance(tableau, diffrax.MultiButcherTableau):
