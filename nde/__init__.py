@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nde import evaluate as evaluate
 from nde import fields as fields
+from nde import implicit as implicit
 from nde import losses as losses
 from nde import paths as paths
 from nde import regularizers as regularizers
@@ -48,6 +49,7 @@ __all__ = [
     "evaluate",
     "fields",
     "fit",
+    "implicit",
     "inference",
     "least_squares",
     "losses",

@@ -17,6 +17,7 @@ Options are bound with `functools.partial`, a coefficient that changes is any op
     steer                  none: the end of the solve is drawn at random        none
     kinetic                int |f|^2 + |e^T df/dy|^2 dt (RNODE)                 1 F + 1 B per evaluation
     taylor                 int |d^K y / dt^K|^2 dt (TayNODE)                    about 2^K F per evaluation
+    equilibrium            |e^T df/dz|^2 / dim at a fixed point z               1 B
 
 E and S are those of `nde.solvers.Estimates`. They need `DiscreteAdjoint` or `ReversibleAdjoint`; the
 others work with any adjoint, and all but the first three are for ODE models.
@@ -29,6 +30,7 @@ Reference:  Opening the Blackbox (2021) | arXiv:2105.03918 (error, stiffness)
             STEER: Simple Temporal Regularization for Neural ODEs (2020) | arXiv:2006.10711
             How to train your neural ODE (2020) | arXiv:2002.02798 (kinetic)
             Learning Differential Equations that are Easy to Solve (2020) | arXiv:2007.04504 (taylor)
+            Stabilizing Equilibrium Models by Jacobian Regularization (2021) | arXiv:2106.14342
 """
 
 import dataclasses
@@ -44,10 +46,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from nde._initial_value import AbstractODE, checked, solve_from
 from nde._inputs import check_key
 from nde._solve import Rates
+from nde.implicit import Equilibrium, fixed_point
 from nde.solvers import DiscreteAdjoint, Estimates, WithEstimates
 from nde.solvers.inputs import check_count, tolerances
 
 __all__ = [
+    "equilibrium",
     "error_and_stiffness",
     "error_estimate",
     "exponential_decay",
@@ -334,6 +338,40 @@ class _Taylor(eqx.Module):
             # Along a solution, d/dt of D(t, y) is its derivative in the direction (1, f).
             derivative = lambda t, y, D=derivative: jax.jvp(D, (t, y), flow(t, y))[1]
         return self.direction * _mean_square(derivative(t, y)[1])
+
+
+def equilibrium(
+    function: Callable,
+    z0: PyTree[Float[Array, "..."]],
+    args: PyTree[Any] = None,
+    *,
+    key: PRNGKeyArray,
+    **options: Any,
+) -> tuple[Equilibrium, Float[Array, ""]]:
+    """Called in place of `nde.implicit.fixed_point`: |e^T df/dz|^2 / dim at the fixed point.
+
+    With e normal that is the squared Frobenius norm of the Jacobian over the entries of z, in
+    expectation: where it is small, the iteration contracts and takes few steps. Larger models apply it
+    on a random part of the training steps.
+
+    Args:
+        function: `function(z, args) -> z`.
+        z0: Where to begin.
+        args: Passed to `function`.
+        key: Of e.
+        options: Of `fixed_point`.
+
+    Returns:
+        The fixed point and the penalty.
+    """
+    check_key(key)
+    solution = fixed_point(function, z0, args, **options)
+    _, pull = jax.vjp(lambda z: function(z, args), solution.value)
+    leaves, tree = jax.tree.flatten(solution.value)
+    keys = jax.random.split(key, len(leaves))
+    noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    (product,) = pull(jax.tree.unflatten(tree, noise))
+    return solution, _mean_square(product)
 
 
 def exponential_decay(start: float, end: float, steps: int) -> Callable[[Array], Array]:

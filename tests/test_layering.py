@@ -19,7 +19,14 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     **dict.fromkeys(["_inputs", "_times", "_model", "_solve", "_recurrence"], 0),
     **dict.fromkeys(["_initial_value", "_controlled", "fields", "paths"], 0),
-    **dict.fromkeys(["ode", "hybrid", "cde", "log_cde", "linear_cde", "mechanics", "cnf"], 1),
+    "cde": 1,
+    "cnf": 1,
+    "hybrid": 1,
+    "implicit": 1,
+    "linear_cde": 1,
+    "log_cde": 1,
+    "mechanics": 1,
+    "ode": 1,
     **dict.fromkeys(["losses", "regularizers", "evaluate"], 2),
     **dict.fromkeys(["_training", "train", "inference"], 3),
     **dict.fromkeys(["plot", "__init__"], 4),
@@ -37,7 +44,7 @@ ROOMS = {
 NOT_IN_SOLVERS = ("equinox.nn", "optax", "matplotlib", "tqdm", "sklearn", "torch")
 ABOVE = ("examples", "tests", "benchmarks", "docs")
 RUNTIME = {"jax", "equinox", "diffrax", "optax", "optimistix", "lineax", "jaxtyping", "numpy"}
-EXTRAS = {"matplotlib", "tqdm"}
+EXTRAS = {"matplotlib", "tqdm", "qpax"}
 STACK = {"jax", "jaxlib", "equinox", "diffrax", "optax", "optimistix", "lineax", "jaxtyping"}
 NOT_PUBLIC = ("equinox.internal", "jax.interpreters", "jax.extend")
 KEEPER = "nde.solvers._compat"
