@@ -15,6 +15,7 @@ from nde import losses as losses
 from nde import paths as paths
 from nde import regularizers as regularizers
 from nde import solvers as solvers
+from nde import symbolic as symbolic
 from nde.cde import NeuralCDE as NeuralCDE
 from nde.cnf import CNF as CNF
 from nde.hybrid import HybridODE as HybridODE
@@ -57,6 +58,7 @@ __all__ = [
     "plot",
     "regularizers",
     "solvers",
+    "symbolic",
     "train",
 ]
 

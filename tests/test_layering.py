@@ -27,6 +27,7 @@ FLOORS = {
     "log_cde": 1,
     "mechanics": 1,
     "ode": 1,
+    "symbolic": 1,
     **dict.fromkeys(["losses", "regularizers", "evaluate"], 2),
     **dict.fromkeys(["_training", "train", "inference"], 3),
     **dict.fromkeys(["plot", "__init__"], 4),
@@ -44,7 +45,7 @@ ROOMS = {
 NOT_IN_SOLVERS = ("equinox.nn", "optax", "matplotlib", "tqdm", "sklearn", "torch")
 ABOVE = ("examples", "tests", "benchmarks", "docs")
 RUNTIME = {"jax", "equinox", "diffrax", "optax", "optimistix", "lineax", "jaxtyping", "numpy"}
-EXTRAS = {"matplotlib", "tqdm", "qpax"}
+EXTRAS = {"matplotlib", "tqdm", "qpax", "sympy"}
 STACK = {"jax", "jaxlib", "equinox", "diffrax", "optax", "optimistix", "lineax", "jaxtyping"}
 NOT_PUBLIC = ("equinox.internal", "jax.interpreters", "jax.extend")
 KEEPER = "nde.solvers._compat"
