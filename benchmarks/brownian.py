@@ -94,7 +94,7 @@ def follow(name: str, case: Case, area: Any) -> Callable:
         if name == "BrownianGrid.cell":
             return path.cell(n, use_levy=True), state
         if state is not None:
-            return path.advance(t0, t1, state, use_levy=True)
+            return path.draw(t0, t1, state, use_levy=True)
         return path.evaluate(t0, t1, use_levy=True), state
 
     def run(key, lengths):

@@ -48,7 +48,6 @@ UNDONE = {
     "Reversible(Midpoint, .999)": Reversible(diffrax.Midpoint(), 0.999),
     "ReversibleHeun": ReversibleHeun(),
     "AsynchronousLeapfrog": AsynchronousLeapfrog(),
-    "AsynchronousLeapfrog(.95)": AsynchronousLeapfrog(eta=0.95),
 }
 DISSIPATION = ((1.0, 500), (1.0, 2000), (5.0, 500))  # (a, steps of length 0.01)
 

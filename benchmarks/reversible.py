@@ -244,7 +244,7 @@ def time_torch(case: Case) -> dict[str, Any]:
     network = torch_network(weights)
     parameters = tuple(network.parameters())
     start, ts = torch.tensor(np.asarray(y0)), torch.tensor([0.0, 1.0])
-    evaluations = SOLVERS[case.solver].evaluations_per_step * case.size.steps
+    evaluations = SOLVERS[case.solver].declared.evaluations * case.size.steps
     options = {"step_size": 1 / math.ceil(evaluations / 2)}
 
     def gradient():

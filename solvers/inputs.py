@@ -9,11 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+USE_FLOAT64 = 'use float64: `jax.config.update("jax_enable_x64", True)`'
+FINER_TIMES = (
+    "Use a larger `dt0`, dt0=None with adaptive steps, float64 times, or shift the time so that it starts "
+    "near 0."
+)
+FINITE_TIMES = (
+    "Times must be finite. To run to a steady state, use a large `t1` and "
+    "`event=diffrax.Event(diffrax.steady_state_event())`."
+)
+
 
 def check_count(name: str, value: Any, hint: str = "", least: int = 1) -> None:
     """`value` is an integer, and large enough."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"`{name}` is {value!r}; it must be an integer >= {least}{hint}.")
+
+
+def known_number(x: Any) -> float | None:
+    """A scalar as a Python number; None where there is none before the program runs."""
+    if x is None or np.ndim(x) != 0:
+        return None
+    try:
+        return float(x)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        return None
 
 
 def is_traced(*trees: PyTree) -> bool:
@@ -32,30 +52,81 @@ def tolerances(controller: diffrax.AbstractStepSizeController) -> tuple[Any, Any
 
 def check_tolerances(controller: diffrax.AbstractStepSizeController, y0: PyTree[Array]) -> None:
     """Tolerances that are known, against what the dtype of the state can resolve."""
-    is_known = lambda x: x is not None and not is_traced(x) and np.ndim(x) == 0
     pairs = zip(("rtol", "atol"), tolerances(controller), strict=True)
-    known = {name: float(x) for name, x in pairs if is_known(x)}
-    for name, value in known.items():
-        if not value >= 0:
-            raise ValueError(
-                f"`{name}` is {value}; a tolerance must be positive, for example 1e-6."
-            )
-    if len(known) < 2:
-        return
-    if max(known.values()) == 0:
-        raise ValueError(
-            "`rtol` and `atol` are both 0, which no step can meet; at least one must be positive, for "
-            "example `PIDController(rtol=1e-6, atol=1e-9)`."
-        )
+    known = {name: known_number(x) for name, x in pairs}
+    known = {name: x for name, x in known.items() if x is not None}
+    wrong = bad_tolerance(known)
+    if wrong is not None:
+        raise ValueError(". ".join(wrong))
     eps = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(y0)), default=0.0)
-    if known["rtol"] > 0 and max(known.values()) < eps:
+    if len(known) == 2 and known["rtol"] > 0 and max(known.values()) < eps:
         raise ValueError(
             f"`rtol` is {known['rtol']:.1e}, below what the state can resolve: the smallest usable value "
-            f'is {10 * eps:.1e}. For tighter ones use float64: `jax.config.update("jax_enable_x64", True)`.'
+            f"is {10 * eps:.1e}. For tighter ones {USE_FLOAT64}."
         )
 
 
-def said(error: BaseException) -> str | None:
+def bad_tolerance(known: dict[str, float]) -> tuple[str, str] | None:
+    """What is wrong with the `rtol` and `atol` that are known, and what to do."""
+    for name, value in known.items():
+        if not value >= 0:
+            return f"`{name}` is {value}", "A tolerance must be positive, for example 1e-6."
+    if len(known) == 2 and max(known.values()) == 0:
+        reason = "`rtol` and `atol` are both 0, which no step can meet"
+        return reason, "At least one must be positive: `PIDController(rtol=1e-6, atol=1e-9)`."
+    return None
+
+
+def check_key(key: Any, owner: str = "") -> None:
+    """`key`, of the `owner` if one is named, is one JAX random key: no number, no batch of keys."""
+    given = repr(key)
+    if isinstance(key, jax.Array):
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == (0 if is_typed else 1) and (is_typed or key.dtype == jnp.uint32):
+            return
+        given = f"an array of shape {key.shape} and type {key.dtype}"
+    name = f"`key` of {owner}" if owner else "`key`"
+    raise ValueError(
+        f"{name} is {given}; pass one key, such as jax.random.key(0). For a batch, `jax.vmap` "
+        "over the keys whatever takes one."
+    )
+
+
+def check_rates(rates: PyTree, y: PyTree[Array], name: str = "vector_field(t, y, args)") -> None:
+    """What `name` returned is one real, floating rate for every entry of the state `y`."""
+    if jax.tree.structure(rates) != jax.tree.structure(y):
+        raise ValueError(
+            f"`{name}` returned the structure {jax.tree.structure(rates)} for a state of structure "
+            f"{jax.tree.structure(y)}. Return one rate for each part of `y`."
+        )
+    for (path, rate), state in zip(
+        jax.tree.leaves_with_path(rates), jax.tree.leaves(y), strict=True
+    ):
+        leaf = f"`{name}{jax.tree_util.keystr(path)}`"
+        if jnp.shape(rate) != jnp.shape(state):
+            raise ValueError(
+                f"{leaf} has shape {jnp.shape(rate)}, but the state there has shape {jnp.shape(state)}. "
+                "Return an array of the shape of `y`."
+            )
+        check_rate_type(leaf, jnp.result_type(rate), state.dtype)
+
+
+def check_rate_type(name: str, dtype: Any, of_state: Any) -> None:
+    """A rate is floating, and real where its state is: an imaginary part would be dropped."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"{name} has dtype {dtype}; a rate must be floating point. Write 1.0 instead of 1, or use "
+            "`.astype(y.dtype)`."
+        )
+    is_complex = [jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, of_state)]
+    if is_complex == [True, False]:
+        raise ValueError(
+            f"{name} is complex ({dtype}), but the state there is real ({of_state}): its imaginary part "
+            "would be lost. Return `.real`, or carry the real and the imaginary part as two entries."
+        )
+
+
+def run_time_message(error: BaseException) -> str | None:
     """The sentence of a check at run time, in what equinox or the compiler makes of it."""
     _, found, rest = str(error).rpartition("EquinoxRuntimeError: ")
     return rest.split("\n\n-----")[0].strip() if found else None

@@ -19,7 +19,6 @@ from nde.solvers import (
 SOLVERS = {
     "ReversibleHeun": ReversibleHeun(),
     "ALF": AsynchronousLeapfrog(),
-    "ALF(0.9)": AsynchronousLeapfrog(eta=0.9),
     "Reversible(Midpoint)": Reversible(diffrax.Midpoint()),
     "Reversible(Bosh3)": Reversible(diffrax.Bosh3(), 0.99),
     "Reversible(Tsit5)": Reversible(diffrax.Tsit5()),

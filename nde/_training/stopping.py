@@ -13,7 +13,7 @@ from nde._training.history import MOST_FAILED, NonFiniteError
 from nde._training.step import leaf_paths, reasons
 from nde.solvers import SolveError
 from nde.solvers.adjoint.traced import from_code
-from nde.solvers.inputs import said
+from nde.solvers.inputs import run_time_message
 
 
 def check_report(
@@ -117,5 +117,5 @@ def _text(kind: int) -> str:
 
 def plain(error: BaseException) -> BaseException:
     """The error that a check inside the compiled step meant, from the one that the compiler makes of it."""
-    sentence = said(error) if isinstance(error, RuntimeError | ValueError) else None
+    sentence = run_time_message(error) if isinstance(error, RuntimeError | ValueError) else None
     return error if sentence is None else RuntimeError(f"{sentence} (While computing `loss`.)")

@@ -18,7 +18,10 @@ from jaxtyping import Array, PyTree
 from nde.solvers.adjoint.noise import covered
 from nde.solvers.adjoint.traced import Start, code
 from nde.solvers.brownian import BrownianGrid
+from nde.solvers.inputs import FINER_TIMES, FINITE_TIMES, check_rate_type, check_rates
+from nde.solvers.integrals import riding, without_integral
 from nde.solvers.lanes.primitives import largest
+from nde.solvers.reversible.symplectic import AbstractSymplecticSolver
 
 
 def check_options(
@@ -66,35 +69,41 @@ def check_noise(
         )
 
 
-def check_vector_field(
-    terms: PyTree[diffrax.AbstractTerm], t0: Array, y0: PyTree[Array], args: Any
+def check_fields(
+    solver: diffrax.AbstractSolver,
+    terms: PyTree[diffrax.AbstractTerm],
+    t0: Array,
+    t1: Array,
+    y0: PyTree[Array],
+    args: Any,
 ) -> None:
-    """The field of an ODE, or the drift of an SDE, must return what the state is made of."""
-    parts = terms.terms if isinstance(terms, diffrax.MultiTerm) else [terms]
-    for part in parts:
+    """What the terms give for a state: rates of its shape, floating, and real where it is real."""
+    for _ in range(riding(terms)):
+        terms, y0 = without_integral(terms), y0[0]
+    if isinstance(terms, diffrax.MultiTerm):
+        parts = [(term, y0, y0) for term in terms.terms]
+    elif issubclass(type(solver), AbstractSymplecticSolver | diffrax.SemiImplicitEuler):
+        parts = zip(terms, y0, y0[::-1], strict=True)  # each half moves by the other
+    else:
+        parts = [(terms, y0, y0)]
+    for part, moved, by in parts:
         term = getattr(part, "term", None)  # diffrax wraps what it was given
         if isinstance(term, diffrax.ODETerm):
-            _check_derivative(eqx.filter_eval_shape(term.vector_field, t0, y0, args), y0)
+            check_rates(eqx.filter_eval_shape(term.vector_field, t0, by, args), moved)
+        elif isinstance(term, diffrax.ControlTerm):
+            _check_products(term, t0, t1, moved, by, args)
 
 
-def _check_derivative(dy: PyTree, y: PyTree[Array]) -> None:
-    if jax.tree.structure(dy) != jax.tree.structure(y):
-        raise ValueError(
-            f"`vector_field` returned the structure {jax.tree.structure(dy)} for a state of structure "
-            f"{jax.tree.structure(y)}. Return one derivative for each part of `y`."
-        )
-    for (path, a), b in zip(jax.tree.leaves_with_path(dy), jax.tree.leaves(y), strict=True):
-        leaf = f"`vector_field(t, y, args){jax.tree_util.keystr(path)}`"
-        if jnp.shape(a) != jnp.shape(b):
-            raise ValueError(
-                f"{leaf} has shape {jnp.shape(a)}, but the state there has shape {jnp.shape(b)}. "
-                "Return an array of the shape of `y`."
-            )
-        if not jnp.issubdtype(jnp.result_type(a), jnp.inexact):
-            raise ValueError(
-                f"{leaf} has dtype {jnp.result_type(a)}; a derivative must be floating point. "
-                "Write 1.0 instead of 1, or use `.astype(y.dtype)`."
-            )
+def _check_products(term: diffrax.ControlTerm, t0, t1, moved, by, args) -> None:
+    """The products of a vector field, or of a diffusion, with the increment of its control."""
+    control: Any = term.control
+    is_noise = isinstance(control, diffrax.AbstractBrownianPath)
+    increment = control.shape if is_noise else eqx.filter_eval_shape(term.contr, t0, t1)
+    field = eqx.filter_eval_shape(term.vf, t0, by, args)
+    with jax.numpy_dtype_promotion("standard"):
+        products = eqx.filter_eval_shape(term.prod, field, increment)
+    for rate, state in zip(jax.tree.leaves(products), jax.tree.leaves(moved), strict=True):
+        check_rate_type("The vector field times its control", rate.dtype, state.dtype)
 
 
 class _Fault(NamedTuple):
@@ -114,8 +123,7 @@ def _faults(start: Start, dt0: Array | None, terms: PyTree) -> list[_Fault]:
         _Fault(
             ~(jnp.isfinite(t0) & jnp.isfinite(t1)),
             infinite,
-            "`t0` or `t1` is not finite (nan or inf). Give a finite end; to run to a steady state use "
-            "`event=diffrax.Event(diffrax.steady_state_event())` with a large finite `t1`.",
+            f"`t0` or `t1` is nan or inf. {FINITE_TIMES}",
         ),
         _Fault(
             some(lambda x: ~jnp.isfinite(x), [t0, *jax.tree.leaves(start.y)]),
@@ -145,8 +153,7 @@ def _faults(start: Start, dt0: Array | None, terms: PyTree) -> list[_Fault]:
             (tnext <= t0) & (t0 < t1),
             too_small,
             "`dt0` is too small for the precision of the time: `t0 + dt0 == t0`. The smallest usable "
-            "step is about eps * |t0|. Use a larger `dt0`, float64 times, or shift the time so that "
-            "`t0` is near 0.",
+            f"step is about eps * |t0|. {FINER_TIMES}",
         ),
         *(
             _Fault(

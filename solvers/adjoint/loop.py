@@ -13,7 +13,6 @@ import jax
 from jaxtyping import Array
 
 from nde.solvers.adjoint import checks
-from nde.solvers.adjoint.cost import Wanted
 from nde.solvers.adjoint.forward import ForwardCarry
 from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.state import begin, finish
@@ -36,7 +35,8 @@ def check(options: Options) -> None:
             "array, or as a pytree of arrays."
         )
     check_tolerances(options["stepsize_controller"], y0)
-    checks.check_vector_field(options["terms"], options["t0"], y0, options["args"])
+    names = ("solver", "terms", "t0", "t1")
+    checks.check_fields(*(options[x] for x in names), y0, options["args"])
     checks.check_noise(options["terms"], options["stepsize_controller"])
 
 
@@ -84,12 +84,20 @@ def solve_with(
         judge = judge_for(options["solver"], still, options["terms"], estimates.scaled)
     traced = trace(stepper, controller, saveat, init_state, start, fresh_jumps, judge)
     out = make(traced, start).solve(start)
-    dense = any(save.at_time is not None for save in traced.saves)
-    wanted = Wanted(error=not traced.uniform or judge is not None, dense=dense)
-    cost = traced.stepper.evaluations(start.tprev, start.tnext, start.y, start.state, wanted)
-    nfe = cost.start + cost.attempt * (out.accepted + out.rejected) + cost.jump * out.restarts
     final = finish(stepper, saveat, args, t0, t1, init_state, traced, out)
-    stats = {"nfe": nfe}
+    stats = evaluations(traced, judge is not None, out)
     if estimates is not None and out.judged is not None:
         stats |= reduced(estimates, out.judged, out.accepted)
     return final, stats, out
+
+
+def evaluations(traced: Traced, judged: bool, out: ForwardCarry) -> dict[str, Array]:
+    """`nfe`, the evaluations of the vector field, of a solver that declares what its steps take."""
+    declared = traced.stepper.declared()
+    if declared is None:
+        return {}
+    inside = any(save.at_time is not None for save in traced.saves)
+    with_error = not traced.uniform or judged or inside
+    each = declared.evaluations_with_error if with_error else declared.evaluations
+    attempts = out.accepted + out.rejected
+    return {"nfe": declared.at_start + each * attempts + declared.after_jump * out.restarts}

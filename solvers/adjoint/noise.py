@@ -5,7 +5,8 @@ once per step, forwards and then backwards, so they carry its memory, draw the i
 hand the solver a path that already knows it. Only the cost depends on the memory, never the result.
 
 A solver that asks more than once in a step (as `HalfSolver` does), or about other times than the step's
-(as `LeapfrogMidpoint` does), or from inside a loop, is not told: then the path answers by itself.
+(as `LeapfrogMidpoint` does), or does not declare what it does, is not told: then the path answers by
+itself.
 """
 
 import functools
@@ -19,7 +20,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers.brownian import BrownianInterval
-from nde.solvers.lanes.closures import is_literal, needed_eqns
 
 Terms = PyTree[diffrax.AbstractTerm]
 
@@ -46,7 +46,7 @@ class Noise(eqx.Module):
         increments, memories = [], []
         queries = self._queries(t0, t1)
         for (path, a, b), levy, remembered in zip(queries, self.use_levy, memory, strict=True):
-            increment, remembered = path.advance(a, b, remembered, use_levy=levy)
+            increment, remembered = path.draw(a, b, remembered, use_levy=levy)
             increments.append(increment)
             memories.append(remembered)
         return tuple(increments), tuple(memories)
@@ -81,28 +81,19 @@ def with_terms(stepper: Any, terms: Terms) -> Any:
 
 def noise_of(stepper: Any, t0: Array, t1: Array, y: PyTree, state: PyTree) -> Noise | None:
     """The paths to remember for, if there are any and the solver asks each once, about the whole step."""
-    if not intervals(stepper.terms):
+    declared = stepper.declared()
+    if not intervals(stepper.terms) or declared is None or not declared.asks_noise_once:
         return None
-    use_levy: list[bool] = []
+    by_terms = _asked(stepper.terms, lambda terms: _controls(terms, t0, t1))
 
-    def times(t0, t1, y, state, cache):
-        """The times that the solver asks about, and those of the whole step."""
-        attempt = lambda terms: with_terms(stepper, terms).attempt(t0, t1, y, state, cache, False)
-        by_solver = _asked(stepper.terms, attempt)
-        by_terms = _asked(stepper.terms, lambda terms: _controls(terms, t0, t1))
-        if any(len(heard) != 1 for heard in by_solver + by_terms):
-            return None
-        use_levy.extend(levy for [(_, _, levy)] in by_solver)
-        return [[(a, b) for [(a, b, _)] in asked] for asked in (by_solver, by_terms)]
+    def attempt(terms: Terms) -> None:
+        cache = jax.eval_shape(stepper.cache, t0, y, state)
+        jax.eval_shape(with_terms(stepper, terms).attempt, t0, t1, y, state, cache, False)
 
-    cache = jax.eval_shape(stepper.cache, t0, y, state)
-    try:
-        jaxpr, out = jax.make_jaxpr(times, return_shape=True)(t0, t1, y, state, cache)
-    except jax.errors.UnexpectedTracerError:  # asked in the body of a loop
+    by_attempt = _asked(stepper.terms, attempt)  # the vector field may ask, too
+    if any(len(queries) != 1 for queries in by_terms + by_attempt):
         return None
-    if out is None or not _halves_agree(jaxpr.jaxpr):
-        return None
-    return Noise(stepper.terms, tuple(use_levy))
+    return Noise(stepper.terms, tuple(use_levy for [(_, _, use_levy)] in by_attempt))
 
 
 def covered(terms: Terms, t0: Array, t1: Array) -> list[tuple[BrownianInterval, Array]]:
@@ -113,19 +104,6 @@ def covered(terms: Terms, t0: Array, t1: Array) -> list[tuple[BrownianInterval, 
         inside = [path.covers(t) for a, b, _ in queries for t in (a, b) if t is not None]
         found.append((path, functools.reduce(jnp.logical_and, inside, jnp.array(True))))
     return found
-
-
-def _halves_agree(jaxpr: Any) -> bool:
-    """Whether the first half of the outputs are the same computations as the second."""
-    number: dict[Any, int] = {}  # the same for variables that hold the same
-    name = lambda x: number.setdefault(("literal", str(x)) if is_literal(x) else x, len(number))
-    for eqn in needed_eqns(jaxpr):
-        made = (eqn.primitive, str(eqn.params), *map(name, eqn.invars))
-        for i, x in enumerate(eqn.outvars):
-            number[x] = number.setdefault((*made, i), len(number))
-    outputs = [name(x) for x in jaxpr.outvars]
-    half = len(outputs) // 2
-    return outputs[:half] == outputs[half:]
 
 
 class _StandIn(diffrax.AbstractBrownianPath):

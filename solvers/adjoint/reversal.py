@@ -44,7 +44,7 @@ from nde.solvers.adjoint.tape import Trail
 from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.lanes.batch import masked
 from nde.solvers.lanes.closures import ClosedFunction, Pool
-from nde.solvers.reversible.coupling import Rewind, Step
+from nde.solvers.reversible.coupling import RewindState, StepInput
 from nde.solvers.reversible.solver import AbstractReversibleSolver
 
 
@@ -77,16 +77,16 @@ def trace_reversal(
     """Traces what the backward loop needs, at the shapes of `start`."""
     pool, jumps = traced.pool, traced.jumps
 
-    def step_of(when: When) -> Step:
+    def step_of(when: When) -> StepInput:
         jump = when.made_jump if jumps else False
-        return Step(terms, when.t0, when.t1, args, when.control, jump)
+        return StepInput(terms, when.t0, when.t1, args, when.control, jump)
 
     def control(t0, t1, increments):
-        return Step.over(traced.knowing(increments).terms, t0, t1, args).control
+        return StepInput.over(traced.knowing(increments).terms, t0, t1, args).control
 
     def retreat(members, t0, t1, made_jump, increments):
         when = When(t0, t1, made_jump, control(t0, t1, increments))
-        return solver.retreat(step_of(when), members)[0]
+        return solver.inverse(step_of(when), members)[0]
 
     times, members = (start.tprev, start.tnext), solver.members(start.y, start.state)
     when = When(*times, start.made_jump, jax.eval_shape(control, *times, traced.increments))
@@ -108,9 +108,9 @@ def trace_reversal(
 
 
 class _Recorder:
-    """A `coupling.Pull` that writes down the functions it is given, and answers with zeros."""
+    """A `coupling.Pullback` that writes down the functions it is given, and answers with zeros."""
 
-    def __init__(self, pool: Pool, step_of: Callable[[When], Step], when: When):
+    def __init__(self, pool: Pool, step_of: Callable[[When], StepInput], when: When):
         self.pool, self.step_of, self.when = pool, step_of, when
         self.functions: list[ClosedFunction] = []
 
@@ -125,7 +125,7 @@ class _Recorder:
 
 
 class _LanePullback:
-    """A `coupling.Pull` over all lanes, for one step: the recorded functions, in the same order."""
+    """A `coupling.Pullback` over all lanes, for one step: the recorded functions, in the same order."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class ChunkCarry(NamedTuple):
     lanes that share one, levels in front.
     """
 
-    back: Rewind
+    back: RewindState
     following: When
     consts: dict[int, Array]
     ts_index: tuple[Array, ...]

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers import trees
-from nde.solvers.adjoint.cost import Evaluations, Wanted, of_solver
 from nde.solvers.estimates import estimates
 from nde.solvers.methods import explicit_rk
-from nde.solvers.reversible.coupling import Step
-from nde.solvers.reversible.solver import AbstractReversibleSolver, State
+from nde.solvers.methods.declared import Declared, declared_by
+from nde.solvers.reversible.coupling import StepInput
+from nde.solvers.reversible.solver import AbstractReversibleSolver, ReversibleState
 
 Jump = Array | bool  # whether the field jumped at t0; False where it never does
 
@@ -117,11 +117,9 @@ class AbstractStepper(eqx.Module):
         """The state in diffrax's form, for `SaveAt(solver_state=True)`."""
         raise NotImplementedError
 
-    def evaluations(
-        self, t0: Array, t1: Array, y0: PyTree[Array], state: PyTree[Array], wanted: Wanted
-    ) -> Evaluations:
-        """What a solve costs."""
-        raise NotImplementedError
+    def declared(self) -> Declared | None:
+        """What is known of a step; None for a solver that does not say."""
+        return declared_by(self.solver)
 
 
 class UnrolledStepper(AbstractStepper):
@@ -171,7 +169,7 @@ class UnrolledStepper(AbstractStepper):
         y1 = explicit_rk.solution(tableau, y0, ks, y_last)
         if not with_error:
             return Advance(y1, None)
-        y_error = explicit_rk.combine(None, tableau.b_error, ks)
+        y_error = trees.combine(tableau.b_error, ks)
         cache = f_last if self.carries_last_stage else None
         return Advance(y1, None, y_error, ks, _dense(y0, y1, ks), cache)
 
@@ -181,12 +179,14 @@ class UnrolledStepper(AbstractStepper):
             return jnp.array(False), self.terms.vf(t, y, self.args)
         return None
 
-    def evaluations(self, t0, t1, y0, state, wanted):
-        del wanted  # `without_error` knows
-        stages = self.tableau.num_stages
-        if not self.with_error:
-            return Evaluations(0, explicit_rk.needed_stages(self.tableau))
-        return Evaluations(1, stages - 1, 1) if self.carries_last_stage else Evaluations(0, stages)
+    def declared(self):
+        known = declared_by(self.solver)
+        if known is None or self.carries_last_stage:
+            return known
+        tableau = self.tableau
+        stages = tableau.num_stages if self.with_error else explicit_rk.needed_stages(tableau)
+        counts = dict(evaluations=stages, evaluations_with_error=stages, at_start=0, after_jump=0)
+        return known._replace(**counts)
 
 
 class ReversibleStepper(AbstractStepper):
@@ -200,12 +200,14 @@ class ReversibleStepper(AbstractStepper):
         return jax.tree.map(jnp.asarray, passed.others)
 
     def cache(self, t, y, state):
-        return self.solver.refresh(self.terms, t, y, State(state, None), self.args).carried
+        return self.solver.refresh(
+            self.terms, t, y, ReversibleState(state, None), self.args
+        ).carried
 
     def _step(self, t0, t1, y0, state, cache, made_jump):
-        step = Step.over(self.terms, t0, t1, self.args, made_jump)
+        step = StepInput.over(self.terms, t0, t1, self.args, made_jump)
         members0 = self.solver.members(y0, state)
-        members1, records = self.solver.advance(step, members0, cache)
+        members1, records = self.solver.forward(step, members0, cache)
         info = self.solver.dense_info(step, members0, members1, records)
         return *self.solver.split(members1), records, info
 
@@ -228,11 +230,7 @@ class ReversibleStepper(AbstractStepper):
         return Advance(y1, others, self.solver.error(records), None, info)
 
     def final_state(self, t, y, state):
-        return self.solver.refresh(self.terms, t, y, State(state, None), self.args)
-
-    def evaluations(self, t0, t1, y0, state, wanted):
-        full = jax.eval_shape(lambda: State(state, self.cache(t0, y0, state)))
-        return of_solver(self.solver, self.terms, self.args, t0, t1, y0, full, wanted)
+        return self.solver.refresh(self.terms, t, y, ReversibleState(state, None), self.args)
 
 
 class SolverStepper(AbstractStepper):
@@ -292,9 +290,6 @@ class SolverStepper(AbstractStepper):
 
     def final_state(self, t, y, state):
         return state
-
-    def evaluations(self, t0, t1, y0, state, wanted):
-        return of_solver(self.solver, self.terms, self.args, t0, t1, y0, state, wanted)
 
 
 def stepper_for(

@@ -22,13 +22,14 @@ Reference:  Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105
             Single-seed generation of Brownian paths and integrals (2024) | arXiv:2405.06464
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from nde.solvers import trees
 from nde.solvers.brownian import bridge, threefry
 
 MAX_DEPTH = 30  # node numbers are 32-bit integers
@@ -49,9 +50,9 @@ class Halves(NamedTuple):
 
     def side(self, right: Bool[Array, ""]) -> bridge.Node:
         """One of the two."""
-        return _where(right, self.right, self.left)
+        return trees.where(right, self.right, self.left)
 
-    def row(self, level) -> "Halves":
+    def row(self, level: Int[Array, ""]) -> "Halves":
         """Those of one level."""
         return jax.tree.map(lambda x: x[level], self)
 
@@ -84,7 +85,7 @@ class Tree(NamedTuple):
     depth: Int[Array, ""]
     parts: int
 
-    def plant(self, rows: int, size: int, dtype) -> Branch:
+    def plant(self, rows: int, size: int, dtype: Any) -> Branch:
         """A branch that stands at 0 and knows the root, W ~ N(0, 1), H ~ N(0, 1/12), shape (size,)."""
         w, *area = self._draw(jnp.int32(0), size, dtype)
         root = (w, *(x * 12**-0.5 for x in area))
@@ -99,12 +100,15 @@ class Tree(NamedTuple):
         zero = bridge.opaque_zero(self.key, s.leaf, t.leaf)
         cost_s, cost_t = (self._levels(p) - self._shared(branch.place, p) for p in (s, t))
         from_t = cost_t < cost_s
-        near, far = _where(from_t, t, s), _where(from_t, s, t)
+        near, far = trees.where(from_t, t, s), trees.where(from_t, s, t)
         branch, _ = self._walk(branch, near, far, from_t, zero)
         branch, near_part = self._collect(branch, far, from_t, zero)
-        near_part = _where(self._everything(s, t), self._root(branch.halves, zero), near_part)
+        near_part = trees.where(self._everything(s, t), self._root(branch.halves, zero), near_part)
         branch, far_part = self._walk(branch, far, near, ~from_t, zero)
-        first, second = _where(from_t, far_part, near_part), _where(from_t, near_part, far_part)
+        first, second = (
+            trees.where(from_t, far_part, near_part),
+            trees.where(from_t, near_part, far_part),
+        )
         return bridge.join(first, second, zero), branch
 
     def _everything(self, s: Place, t: Place) -> Bool[Array, ""]:
@@ -160,8 +164,8 @@ class Tree(NamedTuple):
             here = (first <= level) & (level < last)
             # `new` from `halves`, not from the row: reading what is overwritten makes XLA copy all rows.
             new = self._half(halves, p, other, level, right_end, zero)
-            part = _where(here, _extend(part, new, right_end, zero), part)
-            kept = _where(here, halves, rows.row(level + 1))
+            part = trees.where(here, _extend(part, new, right_end, zero), part)
+            kept = trees.where(here, halves, rows.row(level + 1))
             rows = jax.tree.map(lambda rows, x: rows.at[level + 1].set(x), rows, kept)
             return level + 1, rows, draws + 1, part
 
@@ -182,7 +186,7 @@ class Tree(NamedTuple):
             level, rows, part = carry
             new = self._half(rows.row(level + 1), p, other, level, right_end, zero)
             here = (first <= level) & (level < last)
-            return level + 1, rows, _where(here, _extend(part, new, right_end, zero), part)
+            return level + 1, rows, trees.where(here, _extend(part, new, right_end, zero), part)
 
         # The rows go through the loop unchanged, so that one buffer serves this loop and the next.
         start = _lowest(jnp.where(first < last, first, MAX_DEPTH + 1))
@@ -217,16 +221,12 @@ class Tree(NamedTuple):
         width, cut = self._cut(p, level)
         width = width * jnp.where(right_end, cut, 1 - cut)
         new = bridge.piece(halves.side(~right_end), width, zero)
-        return _where(touches & inside, new, jax.tree.map(jnp.zeros_like, new))
-
-
-def _where(condition: Bool[Array, ""], x, y):
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+        return trees.where(touches & inside, new, trees.zeros_like(new))
 
 
 def _extend(part: bridge.Piece, new: bridge.Piece, right_end, zero) -> bridge.Piece:
     """Deeper nodes lie nearer to the place stood on: later in time if that is the right end."""
-    first, second = _where(right_end, part, new), _where(right_end, new, part)
+    first, second = trees.where(right_end, part, new), trees.where(right_end, new, part)
     return bridge.join(first, second, zero)
 
 

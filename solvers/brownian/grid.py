@@ -32,9 +32,7 @@ from nde.solvers.brownian.increment import (
     SpaceSpaceLevyArea,
     as_structs,
     check_interval,
-    check_key,
     check_levy_area,
-    concrete,
     query_times,
     salted,
     step_length,
@@ -43,6 +41,7 @@ from nde.solvers.brownian.increment import (
     vector_size,
 )
 from nde.solvers.brownian.levy import foster_area, join_areas
+from nde.solvers.inputs import check_key, known_number
 
 # How far from a grid point, in cells, a time may be and still mean that point. Times that a solver
 # computes from a step number miss by rounding alone; steps of another size miss by far more within
@@ -89,14 +88,15 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
     ):
         name = type(self).__name__
         allowed = (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea, SpaceSpaceLevyArea)
+        self.shape = as_structs(shape, name, "t0, t1, dt, shape, key, levy_area")
         check_levy_area(levy_area, allowed, name)
         check_key(key, name)
         check_interval(t0, t1, name)
-        spacing = concrete(dt)
+        spacing = known_number(dt)
         if spacing is not None and not spacing > 0:
             raise ValueError(f"`dt` of {name} is {spacing}; it must be positive.")
         self.t0, self.t1, self.dt = t0, t1, dt
-        self.shape, self.levy_area, self.key = as_structs(shape, name), levy_area, key
+        self.levy_area, self.key = levy_area, key
         structs = jax.tree.leaves(self.shape)
         if levy_area is SpaceSpaceLevyArea and (len(structs) != 1 or len(structs[0].shape) != 1):
             raise ValueError(
@@ -176,7 +176,7 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
 
     def _checked(self, a, b, sign, off):
         """`sign`, tied to an error where the query [a, b] is off the grid."""
-        t0, t1, dt, start, stop = (concrete(x) for x in (self.t0, self.t1, self.dt, a, b))
+        t0, t1, dt, start, stop = (known_number(x) for x in (self.t0, self.t1, self.dt, a, b))
         grid = "its grid" if None in (t0, t1, dt) else f"its grid [{t0}, {t1}] of spacing `dt`={dt}"
         asked = "an interval" if None in (start, stop) else f"the interval [{start}, {stop}]"
         message = (
@@ -184,7 +184,7 @@ class BrownianGrid(diffrax.AbstractBrownianPath):
             "Give the solve and the path the same `t0` and `t1`, with `dt0` a whole number of cells that "
             "divides the interval, or use BrownianInterval, which also serves adaptive steps."
         )
-        if None not in (start, stop) and concrete(off):
+        if None not in (start, stop) and known_number(off):
             raise ValueError(message)
         return eqx.error_if(sign, off, message)
 

@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray, PyTree, Real
 
 from nde.solvers.brownian import threefry
+from nde.solvers.inputs import known_number
 
 LevyArea = type[diffrax.AbstractBrownianIncrement]
 Shape = tuple[int, ...] | PyTree[jax.ShapeDtypeStruct]
@@ -39,7 +40,7 @@ class SpaceSpaceLevyArea(diffrax.AbstractSpaceTimeLevyArea):
     A: Float[Array, "n n"]
 
 
-def as_structs(shape: Shape, owner: str) -> PyTree[jax.ShapeDtypeStruct]:
+def as_structs(shape: Shape, owner: str, order: str) -> PyTree[jax.ShapeDtypeStruct]:
     """`shape` as a pytree of `jax.ShapeDtypeStruct`; a bare tuple of ints gets the default float
     type.
 
@@ -51,8 +52,8 @@ def as_structs(shape: Shape, owner: str) -> PyTree[jax.ShapeDtypeStruct]:
     for leaf in jax.tree.leaves(shape):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(
-                f"`shape` of {owner} has the leaf {leaf!r}; pass a tuple of ints, such as (3,), or a "
-                "pytree of jax.ShapeDtypeStruct((3,), jnp.float32)."
+                f"`shape` of {owner}({order}) has the leaf {leaf!r}; pass a tuple of ints, such as (3,), "
+                "or a pytree of jax.ShapeDtypeStruct((3,), jnp.float32)."
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
@@ -62,34 +63,11 @@ def as_structs(shape: Shape, owner: str) -> PyTree[jax.ShapeDtypeStruct]:
     return shape
 
 
-def check_key(key: Any, owner: str) -> None:
-    """Raises `ValueError` unless `key` is one JAX random key (not an int, not a batch of keys)."""
-    if isinstance(key, jax.Array):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.ndim == (0 if typed else 1) and (typed or key.dtype == jnp.uint32):
-            return
-        got = f"an array of shape {key.shape} and type {key.dtype}"
-    else:
-        got = repr(key)
-    raise ValueError(
-        f"`key` of {owner} is {got}; pass one key, such as jax.random.key(0). For a batch of paths make "
-        "the path inside the function that you jax.vmap over the keys."
-    )
-
-
 def check_levy_area(levy_area: Any, allowed: tuple[LevyArea, ...], owner: str) -> None:
     """Raises `ValueError` unless `levy_area` is one of the increment types `allowed`."""
     if levy_area not in allowed:
         names = ", ".join(x.__name__ for x in allowed)
         raise ValueError(f"`levy_area` of {owner} is {levy_area!r}; it makes only: {names}.")
-
-
-def concrete(x: Any) -> float | None:
-    """`x` (a scalar) as a Python float, or None where its value is not known before the program runs."""
-    try:
-        return float(x)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-        return None
 
 
 def vector_size(structs: PyTree[jax.ShapeDtypeStruct]) -> int:
@@ -140,7 +118,7 @@ _no_gradient.defjvp(_refuse, symbolic_zeros=True)
 
 def check_interval(t0: Any, t1: Any, name: str) -> None:
     """A path stands on an interval, where its ends are known."""
-    start, stop = concrete(t0), concrete(t1)
+    start, stop = known_number(t0), known_number(t1)
     if start is not None and stop is not None and not -math.inf < start < stop < math.inf:
         raise ValueError(
             f"{name} on [`t0`, `t1`] = [{start}, {stop}] is empty or endless; `t0` must be before `t1`. "

@@ -7,8 +7,8 @@ cumulative value W(t) - W(t0) is ever subtracted from another: in float32 that w
 relative error of eps (T/h)^(3/2).
 
     state = path.init()
-    dW, state = path.advance(t, t + h, state)        # about 4 draws if h is rounded
-    dW, state = path.advance(t, t + h, state)        # again, or backwards: the same bits
+    dW, state = path.draw(t, t + h, state)        # about 4 draws if h is rounded
+    dW, state = path.draw(t, t + h, state)        # again, or backwards: the same bits
     dW == path.evaluate(t, t + h)                    # the state changes the cost, never the result
 
 Rounding the end of a step down to a few significant bits (`round_down`) makes it a node high up in
@@ -37,15 +37,14 @@ from nde.solvers.brownian.increment import (
     Shape,
     as_structs,
     check_interval,
-    check_key,
     check_levy_area,
-    concrete,
     query_times,
     step_length,
     unravel,
     vector_dtype,
     vector_size,
 )
+from nde.solvers.inputs import check_key, known_number
 
 _DEFAULT_DEPTH = 24
 _ULPS_OUTSIDE = 4
@@ -70,7 +69,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         ValueError: for an empty, reversed or endless interval, a `tol` that is not positive or below
             2^-30 of the interval (one that is known only at run time is cut off there), a `shape`,
             `key` or `levy_area` that cannot be used, a query outside the interval or within one leaf
-            (where these are known only at run time: see `evaluate` and `advance`).
+            (where these are known only at run time: see `evaluate` and `draw`).
 
     Reference:
         Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
@@ -93,12 +92,13 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         tol: Real[Any, ""] | None = None,
     ):
         name = type(self).__name__
+        self.shape = as_structs(shape, name, "t0, t1, shape, key, levy_area, tol")
         check_levy_area(levy_area, (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea), name)
         check_key(key, name)
         check_interval(t0, t1, name)
         self.t0, self.t1, self.tol = t0, t1, tol
-        self.shape, self.levy_area, self.key = as_structs(shape, name), levy_area, key
-        leaf, depth = (None if tol is None else concrete(tol)), self._known_depth()
+        self.levy_area, self.key = levy_area, key
+        leaf, depth = (None if tol is None else known_number(tol)), self._known_depth()
         if (leaf is not None and not leaf > 0) or (depth is not None and depth > MAX_DEPTH):
             raise ValueError(
                 f"`tol` of {name} is {leaf} on [{t0}, {t1}]; it must be positive and at "
@@ -146,7 +146,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         rows = (MAX_DEPTH if depth is None else depth) + 2
         return self._tree().plant(rows, vector_size(self.shape), vector_dtype(self.shape))
 
-    def advance(
+    def draw(
         self, t0: Real[Any, ""], t1: Real[Any, ""], state: Branch, use_levy: bool = False
     ) -> tuple[PyTree[Array] | diffrax.AbstractBrownianIncrement, Branch]:
         """What `evaluate(t0, t1)` returns, bit for bit, and the state for the next query.
@@ -158,7 +158,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         Args:
             t0: A time in the interval.
             t1: Another, after or before it.
-            state: From `init` or from an earlier `advance` of the same path.
+            state: From `init` or from an earlier `draw` of the same path.
             use_levy: Return an increment of type `levy_area` in place of W alone.
 
         Returns:
@@ -215,18 +215,18 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     def _resolution(self) -> str:
         if self.tol is None:
             return f"2^-{_DEFAULT_DEPTH} of its interval, the default `tol`"
-        known = concrete(self.tol)
+        known = known_number(self.tol)
         return "its `tol`" if known is None else f"its `tol`={known}"
 
     def _known_span(self) -> float | None:
-        t0, t1 = concrete(self.t0), concrete(self.t1)
+        t0, t1 = known_number(self.t0), known_number(self.t1)
         return None if t0 is None or t1 is None else t1 - t0
 
     def _known_depth(self) -> int | None:
         """Number of levels, where it does not depend on values that only the running program knows."""
         if self.tol is None:
             return _DEFAULT_DEPTH
-        span, tol = self._known_span(), concrete(self.tol)
+        span, tol = self._known_span(), known_number(self.tol)
         if span is None or tol is None or not tol > 0:
             return None
         return max(math.ceil(math.log2(span / tol)), 0)
@@ -261,7 +261,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
     def _refuse_known(self, a, b) -> None:
         """Raises with the numbers where they are known before the program runs."""
-        start, stop = concrete(a), concrete(b)
+        start, stop = known_number(a), known_number(b)
         if start is None or stop is None or self._known_span() is None:
             return
         for t, value in ((a, start), (b, stop)):

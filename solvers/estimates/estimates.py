@@ -34,16 +34,12 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Float, PyTree
 
+from nde.solvers import trees
 from nde.solvers.inputs import tolerances
 from nde.solvers.integrals import riding, state_of
-from nde.solvers.methods.explicit_rk import combine, tableau_of
-from nde.solvers.methods.sosri import SOSRI2
+from nde.solvers.methods.declared import declared_by
 
 _ROUNDINGS = 32  # of a stage: a difference that is larger is known to a few per cent
-
-# Where the real axis leaves the region of absolute stability. That of SOSRI2 is as published; the
-# published coefficients leave it at 10.453.
-STABILITY_LIMITS = {"Tsit5": 3.5068, "Dopri5": 3.3066, "Dopri8": 5.1667, "SOSRI2": 10.6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Judge(NamedTuple):
 
     rtol: Any  # None: raw
     atol: Any
-    apart: Sequence[float] | None  # g_last - g_prev, in weights of the stages; None: no stiffness
+    stage_difference: Sequence[float] | None  # g_last - g_prev, in weights of the stages
     limit: float
     integrals: int  # beside the state, see `nde.solvers.integrals`: not judged
 
@@ -107,9 +103,9 @@ class Judge(NamedTuple):
         """The estimates of the step from t0 to t1: `error` is in units, `ks` are its stages times h."""
         length = jax.lax.stop_gradient(jnp.abs(t1 - t0))
         stiffness = None
-        if self.apart is not None and ks is not None:
+        if self.stage_difference is not None and ks is not None:
             y0, *ks = (state_of(x, self.integrals) for x in (y0, *ks))
-            stiffness = _quotient(self.apart, length, y0, ks) / self.limit
+            stiffness = _quotient(self.stage_difference, length, y0, ks) / self.limit
         return Judged(_rms(error), stiffness, length)
 
 
@@ -121,9 +117,11 @@ def judge_for(
 ) -> Judge:
     """The judge of a solver's steps, with the tolerances of the controller."""
     rtol, atol = tolerances(controller) if scaled else (None, None)
-    limit = STABILITY_LIMITS.get(type(solver).__name__)
-    apart = None if limit is None else _apart(solver)
-    return Judge(rtol, atol, apart, 1.0 if limit is None else limit, riding(terms))
+    declared = declared_by(solver)
+    if declared is None:
+        return Judge(rtol, atol, None, 1.0, riding(terms))
+    weights, limit = declared.stage_difference, declared.stability_limit
+    return Judge(rtol, atol, weights, limit, riding(terms))
 
 
 def stages(dense_info: dict[str, PyTree[Array]]) -> list[PyTree[Array]] | None:
@@ -153,8 +151,8 @@ def reduced(how: Estimates, judged: Judged, steps: Array) -> dict[str, Float[Arr
     return out
 
 
-# Both derivatives are written so that what many stages use is the result of a division, or of a
-# selection or product behind one: the compiler for CPUs repeats all else in each of its uses.
+# XLA on a CPU recomputes a cheap value in every stage that uses it, unless it comes from a division (or
+# from a selection or product behind one): so both derivatives end in one.
 @jax.custom_jvp
 def _in_units(rtol: Array, atol: Array, error: Array, y0: Array, y1: Array) -> Array:
     """The error in units of the tolerances."""
@@ -202,24 +200,12 @@ def finite(x: Array) -> Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def _apart(solver: diffrax.AbstractSolver) -> Sequence[float] | None:
-    """How g_last - g_prev is made of the stages, if these two share their time."""
-    if isinstance(solver, SOSRI2):
-        return solver.tableau.apart()
-    tableau = tableau_of(solver)
-    if tableau is None or tableau.c[-1] != tableau.c[-2]:
-        return None
-    weights = np.array(tableau.a_lower[-1])
-    weights[:-1] -= tableau.a_lower[-2]
-    return weights.tolist()
-
-
 def _quotient(
     weights: Sequence[float], length: Array, y0: PyTree[Array], ks: Sequence[PyTree]
 ) -> Array:
     """rms(k_last - k_prev) / (h rms(g_last - g_prev)); the differences of the g are sums of k."""
-    apart = _rms(combine(None, weights, list(ks)))
-    moved = _rms(jax.tree.map(jnp.subtract, ks[-1], ks[-2]))
+    apart = _rms(trees.combine(weights, ks))
+    moved = _rms(trees.subtract(ks[-1], ks[-2]))
     # Both are small differences, of k and of states: below that they are rounding.
     k, y = (jax.lax.stop_gradient(_rms(x)) for x in (ks[-1], y0))
     eps = (float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(ks[-1]))

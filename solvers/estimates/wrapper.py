@@ -1,4 +1,4 @@
-"""The estimates of `heuristics` for any adjoint: a solver that adds them up in its own state.
+"""The estimates of `estimates` for any adjoint: a solver that adds them up in its own state.
 
     sol = diffrax.diffeqsolve(
         terms, WithEstimates(diffrax.Tsit5(), rtol=1e-3, atol=1e-6), t0, t1, dt0, y0,
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nde.solvers.estimates.estimates import Judge, finite, judge_for, stages
+from nde.solvers.methods.declared import AbstractDeclaring, Declared, declared_by
 
 
 class EstimatesState(NamedTuple):
@@ -27,7 +28,9 @@ class EstimatesState(NamedTuple):
     estimates: dict[str, Array]
 
 
-class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolver):
+class WithEstimates(
+    AbstractDeclaring, diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolver
+):
     """Another solver, adding up `error_estimate` (E h) and `stiffness_estimate` (S) of its steps.
 
     They stand in `sol.solver_state.estimates` after a solve with `SaveAt(..., solver_state=True)`, the
@@ -80,30 +83,45 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
     def term_compatible_contr_kwargs(self):
         return self.solver.term_compatible_contr_kwargs
 
+    @property
+    def declared(self) -> Declared | None:
+        inner = declared_by(self.solver)
+        return inner and inner._replace(evaluations=inner.evaluations_with_error)
+
     def _judge(self, terms: PyTree[diffrax.AbstractTerm]) -> Judge:
         judge = judge_for(self.solver, diffrax.ConstantStepSize(), terms, scaled=False)
         return judge._replace(rtol=self.rtol, atol=self.atol)
 
-    def order(self, terms):
+    def order(self, terms: PyTree):
         return self.solver.order(terms)
 
-    def strong_order(self, terms):
+    def strong_order(self, terms: PyTree):
         return self.solver.strong_order(terms)
 
-    def error_order(self, terms):
+    def error_order(self, terms: PyTree):
         return self.solver.error_order(terms)
 
-    def init(self, terms, t0, t1, y0, args) -> EstimatesState:
+    def init(self, terms: PyTree, t0: Any, t1: Any, y0: PyTree, args: Any) -> EstimatesState:
         zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(y0)))
-        names = ["error_estimate"] + ["stiffness_estimate"] * (self._judge(terms).apart is not None)
+        shows_stiffness = self._judge(terms).stage_difference is not None
+        names = ["error_estimate"] + ["stiffness_estimate"] * shows_stiffness
         state = self.solver.init(terms, t0, t1, y0, args)
         return EstimatesState(state, {name: zero for name in names})
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def step(
+        self,
+        terms: PyTree,
+        t0: Any,
+        t1: Any,
+        y0: PyTree,
+        args: Any,
+        solver_state: PyTree,
+        made_jump: Any,
+    ):
         state, sums = solver_state
         y1, error, info, state, result = self.solver.step(terms, t0, t1, y0, args, state, made_jump)
         judge = self._judge(terms)
-        ks = None if judge.apart is None else stages(info)
+        ks = None if judge.stage_difference is None else stages(info)
         # Rejected steps are differentiated too, and the controller may have other tolerances: where
         # these are zero there is no unit.
         error_in_units = jax.tree.map(finite, judge.in_units(error, y0, y1))
@@ -115,5 +133,5 @@ class WithEstimates(diffrax.AbstractAdaptiveSolver, diffrax.AbstractWrappedSolve
         sums = {name: total + new[name].astype(total.dtype) for name, total in sums.items()}
         return y1, error, info, EstimatesState(state, sums), result
 
-    def func(self, terms, t0, y0, args) -> Any:
+    def func(self, terms: PyTree, t0: Any, y0: PyTree, args: Any) -> Any:
         return self.solver.func(terms, t0, y0, args)

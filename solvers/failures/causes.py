@@ -2,7 +2,7 @@ r"""The causes of a failed solve, told apart by the step sizes and by the field 
 
 The repeated solve leaves `a` accepted steps, `r` rejected ones and its last state (t, y). There f is the
 field and J = df/dy, growth and decay are the outermost rates of J along the direction of time
-(`spectrum`), tau = |y| / |f|; h is the median of the last 20 steps, h_max the largest, s the interval of
+(`jacobian`), tau = |y| / |f|; h is the median of the last 20 steps, h_max the largest, s the interval of
 stability of the method, `done` and `left` the parts of the span. The first that holds:
 
     unstable    fixed steps, decay h > s, decay > growth                              stiff
@@ -14,12 +14,11 @@ stability of the method, `done` and `left` the parts of the span. The first that
     singular    collapsed, |f| done > 100 |y - y0|, not bound by decay                vector_field
     unresolved  collapsed, steps of at most 16 tol of a Brownian path                 precision
     imprecise   tolerance < 10 eps, and with 100 eps it ends or gets 3 times further  precision
-    coarse      collapsed, 64 spacings of t are long for the field, |t| > 10 span     precision
+    coarse      collapsed, 64 spacings of t are long for the field, |t| > 10 span     zero_step
     rounded     implicit solver, eps decay |y| > |f| / 10                             precision
     stiffness   decay h > 0.3 s, decay max(|y0|, |y|) / |f| > 50                      stiff
-    jump        f changes by half of itself within 8 h, and still within h / 512      unknown
+    jump        f changes by half of itself within 8 h, and still within h / 512      jump
     otherwise   not collapsed                                                         too_few_steps
-    held        the controller wants steps below `dtmin`                              tolerance
 
 Collapsed: r > 10 (a + 10), or h < 64 spacings of time, or h < 1e-4 h_max, or the solve did not use up its
 steps. In an escape h follows tau down, and f still grows where it points: behind a pole of f, such as
@@ -37,9 +36,10 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from nde.solvers.adjoint.noise import intervals
-from nde.solvers.estimates.estimates import STABILITY_LIMITS
-from nde.solvers.failures import jacobian as spectrum
+from nde.solvers.failures import jacobian
 from nde.solvers.failures.repeat import End, Problem, known_tolerances
+from nde.solvers.inputs import FINER_TIMES, USE_FLOAT64
+from nde.solvers.methods.declared import declared_by
 
 _DOMAIN = (
     "Look there for the root or logarithm of a negative number, a division by zero, an overflow."
@@ -61,93 +61,52 @@ class Found(NamedTuple):
 
 
 class Failure:
-    """A failed solve and what the rules ask of it."""
+    """A failed solve and what the rules ask of it; of the field only where it is `known`."""
 
-    def __init__(self, problem: Problem, end: End):
+    def __init__(self, problem: Problem, end: End, known: bool):
         self.problem, self.end, self.limit = problem, end, stability_limit(problem.solver)
         lengths = end.lengths
         self.h = float(np.median(lengths[-20:])) if lengths.size else 0.0
         self.h_max = float(lengths.max()) if lengths.size else 0.0
-        self.t, self.y = float(end.t), spectrum.vector(end.y)
+        self.t, self.y = float(end.t), jacobian.vector(end.y)
         self.done = abs(self.t - float(problem.t0))
         self.left = problem.span - self.done
         self.spacing = float(jnp.finfo(problem.t0.dtype).eps) * abs(self.t)
         self.eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(end.y))
         self.largest = min(float(jnp.finfo(x.dtype).max) for x in jax.tree.leaves(end.y))
-
-    @property
-    def exhausted(self) -> bool:
-        return bool(self.end.result == diffrax.RESULTS.max_steps_reached)
-
-    @cached_property
-    def collapsed(self) -> bool:
-        if not self.exhausted:
-            return True
-        if self.end.rejected > 10 * (len(self.end.lengths) + 10):
-            return True
+        self.exhausted = bool(end.result == diffrax.RESULTS.max_steps_reached)
         tiny = self.h <= max(64 * self.spacing, 1e-4 * self.h_max)
-        return self.problem.adapts and bool(self.end.lengths.size) and tiny
-
-    @cached_property
-    def f(self) -> np.ndarray:
-        return spectrum.vector(self.problem.field(self.t, self.end.y))
-
-    @cached_property
-    def rates(self) -> tuple[float, float]:
-        return self.problem.rates(self.end.t, self.end.y)
-
-    @property
-    def growth(self) -> float:
-        return self.rates[0]
-
-    @property
-    def decay(self) -> float:
-        return self.rates[1]
-
-    @property
-    def bounds_steps(self) -> bool:
-        """Whether decay does, by the stability of an explicit method."""
-        return self.limit is not None and self.decay * self.h > 0.3 * self.limit
-
-    @property
-    def size(self) -> float:
-        """Of the largest entry."""
-        return float(np.max(np.abs(self.y), initial=0.0))
-
-    @property
-    def speed(self) -> float:
-        """Of the entry that moves fastest."""
-        return float(np.max(np.abs(self.f), initial=0.0))
-
-    @cached_property
-    def fastest(self) -> int:
-        """The entry that moves fastest."""
-        return int(np.argmax(np.abs(self.f)))
-
-    @property
-    def tau(self) -> float:
-        """The time in which it moves by its own size."""
-        return float(np.abs(self.y[self.fastest]) / _positive(np.abs(self.f[self.fastest])))
-
-    @property
-    def at_this_pace(self) -> float:
-        """Steps to the end, were all as those so far."""
-        return self.end.steps * self.problem.span / _positive(self.done)
+        stuck = end.rejected > 10 * (len(lengths) + 10)
+        self.collapsed = (
+            not self.exhausted or stuck or (problem.adapts and lengths.size > 0 and tiny)
+        )
+        # Steps to the end, were all as those so far.
+        self.at_this_pace = end.steps * problem.span / _positive(self.done)
+        self.size = float(np.max(np.abs(self.y), initial=0.0))  # of the largest entry
+        if known:
+            self.f = jacobian.vector(problem.field(self.t, end.y))
+            self.growth, self.decay = problem.rates(end.t, end.y)
+            self.fastest = int(np.argmax(np.abs(self.f)))  # the entry that moves fastest
+            self.speed = float(np.abs(self.f[self.fastest]))
+            # The time in which it moves by its own size.
+            self.tau = float(np.abs(self.y[self.fastest]) / _positive(self.speed))
+            # Whether decay bounds the steps, by the stability of an explicit method.
+            self.bounds_steps = self.decay * self.h > 0.3 * self.limit
 
     @cached_property
     def has_grown(self) -> bool:
         """1000-fold, from where it started or from what it moves by."""
         t0, y0 = self.problem.t0, self.problem.y0
-        start = np.max(np.abs(spectrum.vector(y0)), initial=0.0)
-        f0 = np.abs(spectrum.vector(self.problem.field(t0, y0)))
+        start = np.max(np.abs(jacobian.vector(y0)), initial=0.0)
+        f0 = np.abs(jacobian.vector(self.problem.field(t0, y0)))
         moved = np.max(f0, initial=0.0) * self.done
         return bool(self.size > 1e3 * (max(start, moved) or 1.0))
 
     def ahead(self, delta: float) -> PyTree[Array] | None:
         """f where the field points to, `delta` later; None where that overflows."""
         direction = self.problem.direction
-        y = spectrum.tree_like(self.y + direction * delta * self.f, self.end.y)
-        if not np.isfinite(spectrum.vector(y)).all():
+        y = jacobian.tree_like(self.y + direction * delta * self.f, self.end.y)
+        if not np.isfinite(jacobian.vector(y)).all():
             return None
         return self.problem.field(self.t + direction * delta, y)
 
@@ -156,12 +115,12 @@ def _positive(x: Any) -> Any:
     return np.maximum(x, np.finfo(np.float64).tiny)
 
 
-def stability_limit(solver: diffrax.AbstractSolver) -> float | None:
-    """Where the negative real axis leaves the region of stability; None for an implicit method."""
-    is_implicit = lambda x: isinstance(x, diffrax.AbstractImplicitSolver)
-    if any(is_implicit(x) for x in jax.tree.leaves(solver, is_leaf=is_implicit)):
-        return None
-    return STABILITY_LIMITS.get(type(solver).__name__, 2.0)
+def stability_limit(solver: diffrax.AbstractSolver) -> float:
+    """Where the negative real axis leaves the region of stability; that of Euler's method if unknown."""
+    declared = declared_by(solver)
+    if declared is not None:
+        return declared.stability_limit
+    return np.inf if issubclass(type(solver), diffrax.AbstractImplicitSolver) else 2.0
 
 
 # --- the rules -----------------------------------------------------------------------------------
@@ -170,12 +129,12 @@ def stability_limit(solver: diffrax.AbstractSolver) -> float | None:
 @np.errstate(all="ignore")
 def judge(problem: Problem, end: End) -> Found:
     """The first rule that holds."""
-    failure = Failure(problem, end)
+    known = jacobian.knows_rate(problem.terms, end.t, end.y, problem.args)
+    failure = Failure(problem, end, known)
     looks = (_unstable, _undefined, _escape, _ahead, _singular)
     counts = (_imprecise, _coarse, _rounded, _stiffness, _jump)
-    known = spectrum.knows_rate(problem.terms, end.t, end.y, problem.args)
     rules = (*looks, _unresolved, *counts) if known else (_unresolved,)
-    for rule in (*rules, _otherwise, _held):
+    for rule in (*rules, _otherwise):
         found = rule(failure)
         if found is not None:
             return found
@@ -188,7 +147,7 @@ def judge(problem: Problem, end: End) -> Found:
 def _unstable(x: Failure) -> Found | None:
     """Steps that are fixed and too long: the numbers explode, the solution does not."""
     problem, limit = x.problem, x.limit
-    if problem.adapts or x.exhausted or limit is None:
+    if problem.adapts or x.exhausted:
         return None
     for growth, decay in (problem.rates(problem.t0, problem.y0), x.rates):
         if decay * x.h > limit and decay > growth:
@@ -204,8 +163,8 @@ def _undefined(x: Failure) -> Found | None:
         return None
     found = _not_finite(x, x.problem.field(x.t, x.end.y), x.t)
     if found is None:
-        noise = spectrum.noise_at(x.problem.terms, x.end.t, x.end.y, x.problem.args)
-        if not np.isfinite(spectrum.vector(noise)).all():
+        noise = jacobian.noise_at(x.problem.terms, x.end.t, x.end.y, x.problem.args)
+        if not np.isfinite(jacobian.vector(noise)).all():
             reason = f"the noise coefficient is not finite at t={x.t:.6g}"
             return Found("vector_field", None, reason, _DOMAIN)
         if x.collapsed and np.isnan(x.growth):
@@ -215,11 +174,11 @@ def _undefined(x: Failure) -> Found | None:
 
 
 def _not_finite(x: Failure, f: PyTree[Array] | None, t: float) -> Found | None:
-    if f is None or np.isfinite(spectrum.vector(f)).all():
+    if f is None or np.isfinite(jacobian.vector(f)).all():
         return None
-    values = spectrum.vector(f)
+    values = jacobian.vector(f)
     at = int(np.argmax(~np.isfinite(values)))
-    leaf = spectrum.entry(x.end.y, at)
+    leaf = jacobian.entry(x.end.y, at)
     reason = f"`vector_field(t, y, args){leaf}` is {values[at]} at t={t:.6g}"
     return Found("vector_field", f"y{leaf}", reason, _DOMAIN)
 
@@ -243,11 +202,11 @@ def _escape(x: Failure) -> Found | None:
 def _still_grows(x: Failure) -> bool:
     there, scale = x.ahead(1.5 * x.tau), np.abs(x.f[x.fastest])
     unit = x.f / scale
-    return there is None or bool(spectrum.vector(there) / scale @ unit > unit @ unit)
+    return there is None or bool(jacobian.vector(there) / scale @ unit > unit @ unit)
 
 
 def _blow_up(x: Failure, at: int, when: float) -> Found:
-    leaf = "y" + spectrum.entry(x.end.y, at)
+    leaf = "y" + jacobian.entry(x.end.y, at)
     reason = (
         f"`{leaf}` grows without bound: it is {x.y[at]:.3g}, and infinite at about t={when:.6g}"
     )
@@ -271,10 +230,10 @@ def _ahead(x: Failure) -> Found | None:
 def _singular(x: Failure) -> Found | None:
     """f is huge, and neither y nor J says why: f has a pole."""
     at, stiff = x.fastest, x.bounds_steps and x.decay > 2 * x.growth
-    moved = np.abs(x.y[at] - spectrum.vector(x.problem.y0)[at]) + 10 * x.eps * np.abs(x.y[at])
+    moved = np.abs(x.y[at] - jacobian.vector(x.problem.y0)[at]) + 10 * x.eps * np.abs(x.y[at])
     if stiff or not (x.collapsed and np.abs(x.f[at]) * x.done > 100 * moved):
         return None
-    leaf = spectrum.entry(x.end.y, at)
+    leaf = jacobian.entry(x.end.y, at)
     reason = f"`vector_field(t, y, args){leaf}` is {x.f[at]:.3g} at t={x.t:.6g}, a pole"
     return Found("vector_field", f"y{leaf}", reason, _DOMAIN)
 
@@ -293,16 +252,13 @@ def _imprecise(x: Failure) -> Found | None:
     known = known_tolerances(x.problem.controller)
     if not known or np.max(known["rtol"]) + np.max(known["atol"]) / _positive(x.size) >= 10 * x.eps:
         return None
-    end = x.problem.with_rtol(100 * x.eps).run()
+    end = x.problem.controlled(rtol=100 * x.eps).run()
     further = abs(float(end.t) - float(x.problem.t0)) > 3 * x.done
     if not (further or end.result == diffrax.RESULTS.successful):
         return None
-    return Found(
-        "precision", None,
-        f"`rtol={np.max(known['rtol']):.1e}` is below what the state can resolve",
-        f"The smallest usable value is {10 * x.eps:.1e}. For tighter ones use float64: "
-        'jax.config.update("jax_enable_x64", True).',
-    )  # fmt: skip
+    reason = f"`rtol={np.max(known['rtol']):.1e}` is below what the state can resolve"
+    advice = f"The smallest usable value is {10 * x.eps:.1e}. For tighter ones {USE_FLOAT64}."
+    return Found("precision", None, reason, advice)
 
 
 def _coarse(x: Failure) -> Found | None:
@@ -310,29 +266,23 @@ def _coarse(x: Failure) -> Found | None:
     needed = 0.1 / _positive(max(x.decay, x.growth, 1 / _positive(x.tau)))
     if not (x.collapsed and abs(x.t) > 10 * x.problem.span and 64 * x.spacing > needed):
         return None
-    return Found(
-        "precision", None,
-        f"times near {x.t:.3g} are {x.spacing:.2g} apart, too coarse for the field",
-        "Shift the time so that it starts near 0, or use float64 times.",
-    )  # fmt: skip
+    reason = f"times near {x.t:.3g} are {x.spacing:.2g} apart, too coarse for the field"
+    return Found("zero_step", None, reason, FINER_TIMES)
 
 
 def _rounded(x: Failure) -> Found | None:
     """Fast modes that turn the rounding of the state into a field of its own."""
-    if x.limit is not None or not x.eps * x.decay * x.size > 0.1 * x.speed:
+    if np.isfinite(x.limit) or not x.eps * x.decay * x.size > 0.1 * x.speed:
         return None
-    return Found(
-        "precision", None,
-        f"`vector_field` is rounding errors: those of the state, times {x.decay:.2g} (fastest mode)",
-        'Use float64: jax.config.update("jax_enable_x64", True); or looser tolerances.',
-    )  # fmt: skip
+    reason = f"`vector_field` is the rounding of the state, times {x.decay:.2g} (fastest mode)"
+    return Found("precision", None, reason, f"Loosen the tolerances, or {USE_FLOAT64}.")
 
 
 def _stiffness(x: Failure) -> Found | None:
     """Steps that stability bounds, and not the solution."""
-    start = np.max(np.abs(spectrum.vector(x.problem.y0)), initial=0.0)
+    start = np.max(np.abs(jacobian.vector(x.problem.y0)), initial=0.0)
     tau = max(start, x.size) / _positive(x.speed)
-    if x.limit is None or not (x.bounds_steps and x.decay * tau > 50):
+    if not (x.bounds_steps and x.decay * tau > 50):
         return None
     # At the pace so far, which knows of rejections; or, after a quick start, at the limit.
     needed = rounded_up(max(x.at_this_pace, x.end.steps + x.decay * x.left / x.limit))
@@ -343,7 +293,7 @@ def _stiffness(x: Failure) -> Found | None:
 
 def _implicit(problem: Problem, how: str = "") -> str:
     """The other way out; for noise there is none."""
-    noisy = any(map(spectrum.is_noise, spectrum.parts(problem.terms)))
+    noisy = any(map(jacobian.is_noise, jacobian.parts(problem.terms)))
     return "." if noisy else f", or an implicit solver: `diffrax.Kvaerno5()`{how}."
 
 
@@ -352,7 +302,7 @@ def _jump(x: Failure) -> Found | None:
     if not (x.exhausted and x.problem.adapts and x.h > 0):
         return None
 
-    at = lambda delta: (delta, spectrum.vector(x.ahead(delta)))
+    at = lambda delta: (delta, jacobian.vector(x.ahead(delta)))
     change = lambda start, end: np.max(np.abs(end[1] - start[1]))
     if x.ahead(8 * x.h) is None:
         return None
@@ -366,7 +316,7 @@ def _jump(x: Failure) -> Found | None:
     if not change(start, end) > 0.25 * np.max(np.abs(x.f)):
         return None
     when = x.t + x.problem.direction * end[0]
-    return Found("unknown", None, f"`vector_field` jumps at about t={when:.6g}", _JUMPS)
+    return Found("jump", None, f"`vector_field` jumps at about t={when:.6g}", _JUMPS)
 
 
 def _otherwise(x: Failure) -> Found | None:
@@ -383,14 +333,6 @@ def _otherwise(x: Failure) -> Found | None:
     needed = rounded_up(min(x.at_this_pace, 100 * x.end.steps))
     advice = f"Use `max_steps≈{needed}`, looser tolerances, or a solver of higher order."
     return Found("too_few_steps", None, reason, advice)
-
-
-def _held(x: Failure) -> Found | None:
-    """The controller may not take the steps that the tolerances ask for."""
-    if x.end.result != diffrax.RESULTS.dt_min_reached:
-        return None
-    advice = "Lower `dtmin`, or loosen `rtol` and `atol`."
-    return Found("tolerance", None, "the tolerances ask for steps below `dtmin`", advice)
 
 
 def rounded_up(number: float) -> int:

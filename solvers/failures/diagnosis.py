@@ -15,10 +15,16 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from nde.solvers.adjoint.noise import covered
-from nde.solvers.failures import jacobian as spectrum
+from nde.solvers.failures import jacobian
 from nde.solvers.failures.causes import Found, judge
 from nde.solvers.failures.repeat import End, Problem, known_tolerances
-from nde.solvers.inputs import is_traced, said
+from nde.solvers.inputs import (
+    FINER_TIMES,
+    FINITE_TIMES,
+    bad_tolerance,
+    is_traced,
+    run_time_message,
+)
 
 _REPLACED = ("saveat", "adjoint", "throw", "progress_meter")
 _TIGHTER = 100
@@ -30,9 +36,9 @@ class Diagnosis:
     """What `diagnose` found.
 
     Args:
-        cause: `"initial_state"`, `"time_span"`, `"zero_step"`, `"tolerance"`, `"vector_field"`,
-            `"blow_up"`, `"precision"`, `"stiff"` or `"too_few_steps"`; `"unknown"` for a failure that
-            is none of these; None where the solve succeeds.
+        cause: `"bad_input"`, `"zero_step"`, `"tolerance"`, `"vector_field"`, `"jump"`, `"blow_up"`,
+            `"precision"`, `"stiff"` or `"too_few_steps"`; `"unknown"` for a failure that is none of
+            these; None where the solve succeeds.
         t: The last time that was reached, in the unit of `t0`.
         leaf: The entry of the state that is to blame, such as `y['b'][1]`; None where none is.
         steps: Attempted steps, rejected ones included.
@@ -94,9 +100,9 @@ def diagnose(
 ) -> Diagnosis:
     """Why a solve fails: give it the arguments that `diffrax.diffeqsolve` was given.
 
-    The solve is repeated with `DiscreteAdjoint`, a second time where the precision is in doubt or the
-    solution seems to escape, and the field is looked at where it stopped. It tells what is likely, by
-    the rules of `nde.solvers.failures.causes`.
+    The solve is repeated with `DiscreteAdjoint`, a second time where the precision is in doubt or
+    the steps may be too long, and the field is looked at where it stopped. It tells what is likely, by the
+    rules of `nde.solvers.failures.causes`.
 
     Args:
         terms: As in the solve; so are all that follow. One example, not a batch.
@@ -131,7 +137,9 @@ def diagnose(
     try:
         end = problem.run()
     except eqx.EquinoxRuntimeError as error:
-        raise ValueError(f"The solve cannot be repeated: {said(error) or error}") from error
+        raise ValueError(
+            f"The solve cannot be repeated: {run_time_message(error) or error}"
+        ) from error
     _check_concrete(end)
     t, steps = float(end.t), end.steps
     if diffrax.is_okay(end.result):
@@ -139,31 +147,40 @@ def diagnose(
         return Diagnosis(None, t, None, steps, message, "")
     if steps == 0 and end.result == diffrax.RESULTS.dt_min_reached:
         return _diagnosis(_stuck(problem, "the first step"), t, 0, "No step was taken")
+    found = _judged(problem, end)
     where = f"The solve stopped at t={t:.6g} of {float(t1):.6g} after {steps} steps"
-    seen = problem
-    if problem.endless:  # look as far ahead as it came
-        seen = dataclasses.replace(problem, t1=2 * end.t - problem.t0)
-    found = judge(seen, end)
-    if found.cause == "blow_up" and seen.adapts:
-        found = _reconsidered(seen, end, found)
-    if problem.endless and found.cause == "too_few_steps":
-        advice = "Use more `max_steps`, if it ever happens."
-        found = found._replace(reason="the event has not happened", advice=advice)
     return _diagnosis(found, t, steps, where)
 
 
-def _reconsidered(problem: Problem, end: End, found: Found) -> Found:
-    """Where a loose solve has left the solution, the field may lead away that the solution never meets."""
-    tight = problem.tightened(_TIGHTER)
-    further = tight.run()
-    loose = f"the tolerances are too loose: with {_TIGHTER} times smaller ones"
-    advice = f"Divide `rtol` and `atol` by {_TIGHTER}."
-    if diffrax.is_okay(further.result):
-        return Found("tolerance", None, f"{loose} it does not", advice)
-    if abs(further.t - problem.t0) <= 1.05 * abs(end.t - problem.t0):
+def _judged(problem: Problem, end: End) -> Found:
+    """What `judge` finds; of steps that may be too long, in the same solve with shorter ones."""
+    if problem.is_held(end):
+        seen = f"`dtmin={problem.dtmin}` holds the steps above what the tolerances ask for"
+        advice = "Lower `dtmin`, or loosen `rtol` and `atol`."
+        return _shorter(problem.controlled(dtmin=None), seen, advice)
+    found = judge(problem.looking_ahead(end), end)
+    if found.cause == "blow_up" and problem.adapts:
+        # Where a loose solve has left the solution, the field may lead away that the solution never meets.
+        seen = f"the tolerances are too loose: with {_TIGHTER} times smaller ones it does not"
+        advice = f"Divide `rtol` and `atol` by {_TIGHTER}."
+        return _shorter(problem.tightened(_TIGHTER), seen, advice, found, end)
+    if problem.endless and found.cause == "too_few_steps":
+        advice = "Use more `max_steps`, if it ever happens."
+        return found._replace(reason="the event has not happened", advice=advice)
+    return found
+
+
+def _shorter(
+    problem: Problem, seen: str, advice: str, found: Found | None = None, before: End | None = None
+) -> Found:
+    """The cause with shorter steps; `found` if they do not lead further than `before`."""
+    end = problem.run()
+    if diffrax.is_okay(end.result):
+        return Found("tolerance", None, seen, advice)
+    if before is not None and abs(end.t - problem.t0) <= 1.05 * abs(before.t - problem.t0):
         return found
-    truly = judge(tight, further)
-    reason = f"{loose} it stops at t={float(further.t):.6g}, {truly.reason}"
+    truly = judge(problem.looking_ahead(end), end)
+    reason = f"{seen}; with shorter ones it stops at t={float(end.t):.6g}, {truly.reason}"
     return truly._replace(reason=reason, advice=f"{advice} {truly.advice}")
 
 
@@ -194,51 +211,35 @@ def _promoted(t0: Any, t1: Any, dt0: Any, y0: PyTree) -> tuple[Array, Array, Arr
 
 def _bad_input(problem: Problem) -> Found | None:
     """What the arguments show by themselves."""
-    y0 = spectrum.vector(problem.y0)
+    y0 = jacobian.vector(problem.y0)
     if not np.isfinite(y0).all():
         at = int(np.argmax(~np.isfinite(y0)))
-        leaf = spectrum.entry(problem.y0, at)
-        reason = f"`y0{leaf}` is {y0[at]}"
-        return Found("initial_state", f"y{leaf}", reason, "A state must be finite.")
+        leaf = jacobian.entry(problem.y0, at)
+        return _wrong(f"`y0{leaf}` is {y0[at]}", "A state must be finite.", f"y{leaf}")
     for name in ("t0", "dt0") if problem.endless else ("t0", "t1", "dt0"):
         t = getattr(problem, name)
         if t is not None and not jnp.isfinite(t):
-            advice = (
-                "Times must be finite. To run to a steady state, use a large `t1` and "
-                "event=diffrax.Event(diffrax.steady_state_event())."
-            )
-            return Found("time_span", None, f"`{name}` is {t}", advice)
+            return _wrong(f"`{name}` is {t}", FINITE_TIMES)
     t0, dt0 = problem.t0, problem.dt0
     if problem.span > 0 and dt0 is not None and t0 + dt0 == t0:
         return _stuck(problem, f"`dt0={dt0}`")
     for path, covers in covered(problem.terms, t0, problem.t1):
         if not covers:
-            reason = (
-                f"the Brownian path covers [{path.t0}, {path.t1}] but the solve goes from "
-                f"{t0} to {problem.t1}"
-            )
-            return Found("time_span", None, reason, "Give the path the interval of the solve.")
-    return _bad_tolerance(problem)
+            own, asked = f"[{path.t0}, {path.t1}]", f"{t0} to {problem.t1}"
+            reason = f"the Brownian path covers {own} but the solve goes from {asked}"
+            return _wrong(reason, "Give the path the interval of the solve.")
+    known = known_tolerances(problem.controller).items()
+    worst = {name: float(np.max(x) if np.all(x >= 0) else np.min(x)) for name, x in known}
+    wrong = bad_tolerance(worst)
+    return None if wrong is None else _wrong(*wrong)
+
+
+def _wrong(reason: str, advice: str, leaf: str | None = None) -> Found:
+    return Found("bad_input", leaf, reason, advice)
 
 
 def _stuck(problem: Problem, step: str) -> Found:
-    smallest = np.spacing(np.abs(np.asarray(problem.t0)))
-    return Found(
-        "zero_step", None,
-        f"{step} does not move t0={problem.t0} in {problem.t0.dtype}, whose spacing there is "
-        f"{smallest:.2g}",
-        "Use a larger `dt0`, dt0=None with adaptive steps, float64 times, or shift the time so that it "
-        "starts near 0.",
-    )  # fmt: skip
-
-
-def _bad_tolerance(problem: Problem) -> Found | None:
-    known = known_tolerances(problem.controller)
-    advice = "Typical values are rtol=1e-3, atol=1e-6."
-    for name, value in known.items():
-        if not np.all(value >= 0):
-            return Found("tolerance", None, f"`{name}` is {value}", advice)
-    if known and not any(np.any(value > 0) for value in known.values()):
-        reason = "`rtol` and `atol` are both 0, which no step can meet"
-        return Found("tolerance", None, reason, advice)
-    return None
+    t0 = np.asarray(problem.t0)
+    spacing = f"whose spacing there is {np.spacing(np.abs(t0)):.2g}"
+    reason = f"{step} does not move t0={t0} in {t0.dtype}, {spacing}"
+    return Found("zero_step", None, reason, FINER_TIMES)

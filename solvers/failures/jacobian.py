@@ -98,19 +98,19 @@ def rate(
 
 
 @eqx.filter_jit
-def rate_at(terms, t, y, args):
+def rate_at(terms: PyTree, t: Any, y: PyTree, args: Any):
     """`rate`, compiled."""
     return rate(terms, t, y, args)
 
 
 @eqx.filter_jit
-def noise_at(terms, t, y, args):
+def noise_at(terms: PyTree, t: Any, y: PyTree, args: Any):
     """The coefficients of the noise."""
     return [term.vf(t, y, args) for term in parts(terms) if is_noise(term)]
 
 
 @eqx.filter_jit
-def push(terms, t, y, args, tangent):
+def push(terms: PyTree, t: Any, y: PyTree, args: Any, tangent: PyTree):
     """J times a tangent."""
     return jax.jvp(lambda y: rate(terms, t, y, args), (y,), (tangent,))[1]
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from nde.solvers.adjoint.discrete_adjoint import DiscreteAdjoint
-from nde.solvers.failures import jacobian as spectrum
+from nde.solvers.failures import jacobian
 from nde.solvers.inputs import tolerances
 
 
@@ -61,21 +61,37 @@ class Problem:
     def adapts(self) -> bool:
         return bool(known_tolerances(self.controller))
 
-    def with_rtol(self, rtol: float) -> "Problem":
-        """The same solve with another relative tolerance."""
-        change = lambda inner: eqx.tree_at(lambda x: x.rtol, inner, rtol)
-        return dataclasses.replace(self, controller=_map_adaptive(self.controller, change))
+    @property
+    def dtmin(self) -> Array | None:
+        """The smallest step of the controller, if it has one."""
+        found = [
+            x.dtmin for x in _adaptive(self.controller) if isinstance(x, diffrax.PIDController)
+        ]
+        return found[0] if found else None
 
     def tightened(self, factor: float) -> "Problem":
         """The same solve with tolerances so many times smaller, as far as the state resolves them."""
         least = 10 * max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(self.y0))
+        rtol, atol = tolerances(self.controller)
+        largest = float(np.max(rtol))  # times a number: Python's keep their weak type
+        share = max(1 / factor, min(1.0, least / largest)) if largest > 0 else 1 / factor
+        return self.controlled(rtol=rtol * share, atol=atol / factor)
 
-        def change(inner):
-            largest = float(np.max(inner.rtol))  # times a number: Python's keep their weak type
-            share = max(1 / factor, min(1.0, least / largest)) if largest > 0 else 1 / factor
-            smaller = (inner.rtol * share, inner.atol / factor)
-            return eqx.tree_at(lambda x: (x.rtol, x.atol), inner, smaller)
+    def looking_ahead(self, end: End) -> "Problem":
+        """The same, where it has no end as far ahead as the solve came."""
+        return dataclasses.replace(self, t1=2 * end.t - self.t0) if self.endless else self
 
+    def is_held(self, end: End) -> bool:
+        """Whether its last steps are as short as the controller may take them."""
+        if self.dtmin is None:
+            return False
+        last = end.lengths[-20:]
+        held = last.size > 0 and np.median(last) <= 1.01 * float(self.dtmin)
+        return bool(held or end.result == diffrax.RESULTS.dt_min_reached)
+
+    def controlled(self, **values: Any) -> "Problem":
+        """The same solve with other values in the controller that has the tolerances."""
+        change = lambda inner: dataclasses.replace(inner, **values)
         return dataclasses.replace(self, controller=_map_adaptive(self.controller, change))
 
     def run(self) -> End:
@@ -96,11 +112,11 @@ class Problem:
 
     def field(self, t: Any, y: PyTree[Array]) -> PyTree[Array]:
         """dy/dt without noise."""
-        return spectrum.rate_at(self.terms, jnp.asarray(t, self.t0.dtype), y, self.args)
+        return jacobian.rate_at(self.terms, jnp.asarray(t, self.t0.dtype), y, self.args)
 
     def rates(self, t: Array, y: PyTree[Array]) -> tuple[float, float]:
         """The fastest growth and decay at (t, y)."""
-        return spectrum.growth_and_decay(self.terms, t, y, self.args, self.direction)
+        return jacobian.growth_and_decay(self.terms, t, y, self.args, self.direction)
 
 
 def _time(t, y, args):
@@ -108,8 +124,15 @@ def _time(t, y, args):
     return t
 
 
+def _adaptive(controller: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(controller, is_leaf=_is_adaptive) if _is_adaptive(x)]
+
+
 def _is_adaptive(x: Any) -> bool:
-    return isinstance(x, diffrax.AbstractAdaptiveStepSizeController)
+    """Whether it has tolerances of its own, and not those of a controller that it wraps."""
+    if not isinstance(x, diffrax.AbstractAdaptiveStepSizeController):
+        return False
+    return "rtol" in {field.name for field in dataclasses.fields(x)}
 
 
 def _map_adaptive(controller: Any, change: Any) -> Any:

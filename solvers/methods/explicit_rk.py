@@ -13,14 +13,14 @@ Reference:  Solving Ordinary Differential Equations I, Hairer, Norsett, Wanner (
 Written as straight-line code the step is differentiated by one `jax.vjp`: no inner loop to checkpoint.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import diffrax
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+
+from nde.solvers import trees
 
 
 def tableau_of(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
@@ -29,20 +29,6 @@ def tableau_of(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
     if issubclass(cls, diffrax.AbstractERK) and cls.step is diffrax.AbstractERK.step:
         return cls.tableau if isinstance(cls.tableau, diffrax.ButcherTableau) else None
     return None
-
-
-def combine(
-    y0: PyTree[Array] | None, weights: Sequence[float] | np.ndarray, ks: list[PyTree[Array]]
-) -> PyTree[Array]:
-    """y0 + sum_i weights_i k_i, without the terms whose weight is zero."""
-    terms = [(float(w), k) for w, k in zip(weights, ks, strict=False) if w != 0]
-    if not terms:
-        return jax.tree.map(jnp.zeros_like, ks[0]) if y0 is None else y0
-    scaled = [jax.tree.map(lambda x, w=w: w * x, k) for w, k in terms]
-    total = scaled[0]
-    for k in scaled[1:]:
-        total = jax.tree.map(jnp.add, total, k)
-    return total if y0 is None else jax.tree.map(jnp.add, y0, total)
 
 
 def needed_stages(tableau: diffrax.ButcherTableau) -> int:
@@ -79,7 +65,7 @@ def stages(
         if i > 0:
             c = float(tableau.c[i - 1])
             ti = t1 if c == 1.0 else t0 + c * (t1 - t0)
-            yi, fi = combine(y0, tableau.a_lower[i - 1], ks), None
+            yi, fi = trees.add(y0, trees.combine(tableau.a_lower[i - 1], ks)), None
         else:
             ti = t0
         if whole:
@@ -96,4 +82,4 @@ def solution(
     """y1. Where the last stage stands at y1 the two are one number, to the last bit."""
     if tableau.ssal and len(ks) == tableau.num_stages:
         return y_last
-    return combine(y0, tableau.b_sol, ks)
+    return trees.add(y0, trees.combine(tableau.b_sol, ks))

@@ -29,9 +29,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from nde.solvers.inputs import is_traced
+from nde.solvers.methods.declared import AbstractDeclaring, Declared, declared_by
 
 
-class Hypersolver(diffrax.AbstractSolver):
+class Hypersolver(AbstractDeclaring, diffrax.AbstractSolver):
     """A solver with a learned correction; see the module for the equation.
 
     Args:
@@ -68,6 +69,15 @@ class Hypersolver(diffrax.AbstractSolver):
     def interpolation_cls(self) -> Any:
         return self.base.interpolation_cls
 
+    @property
+    def declared(self) -> Declared | None:
+        """That of the base, begun anew in every step; the correction sees its first stage."""
+        inner = declared_by(self.base)
+        if inner is None:
+            return None
+        evaluations = inner.at_start + inner.evaluations
+        return Declared(evaluations, evaluations, stability_limit=inner.stability_limit)
+
     def order(self, terms: diffrax.AbstractTerm) -> int | None:
         return self.base.order(terms)
 
@@ -84,9 +94,8 @@ class Hypersolver(diffrax.AbstractSolver):
         solver_state: PyTree,
         made_jump: Any,
     ) -> tuple:
-        del (
-            made_jump
-        )  # What the base keeps for the next step it has at its own y1: as after a jump.
+        # What the base keeps for the next step it has at its own y1: as after a jump.
+        del made_jump
         y1, _, info, state, result = self.base.step(terms, t0, t1, y0, args, solver_state, True)
         h = terms.contr(t0, t1)
         # In a solve that runs backward in time, t0 and t1 are those of its reversed clock.

@@ -21,11 +21,14 @@ from typing import Any, ClassVar
 import diffrax
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
+from nde.solvers import trees
 from nde.solvers.brownian import SpaceSpaceLevyArea
+from nde.solvers.methods.declared import AbstractDeclaring, Declared
 
 
-class LevyHeun(diffrax.AbstractStratonovichSolver):
+class LevyHeun(AbstractDeclaring, diffrax.AbstractStratonovichSolver):
     """Heun with space-space Levy area: strong order 1 for general noise. See the module.
 
     Call it with `terms=MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))`, where `path` is a
@@ -41,15 +44,19 @@ class LevyHeun(diffrax.AbstractStratonovichSolver):
     ]
     interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
 
-    def order(self, terms):
+    @property
+    def declared(self) -> Declared:
+        return Declared(2, 2)
+
+    def order(self, terms: PyTree):
         del terms
         return 2
 
-    def strong_order(self, terms):
+    def strong_order(self, terms: PyTree):
         del terms
         return 1
 
-    def init(self, terms, t0, t1, y0, args) -> None:
+    def init(self, terms: PyTree, t0: Any, t1: Any, y0: PyTree, args: Any) -> None:
         _, diffusion = terms.terms
         increment = jax.eval_shape(lambda: diffusion.contr(t0, t1, use_levy=True))
         if not isinstance(increment, SpaceSpaceLevyArea):
@@ -58,14 +65,23 @@ class LevyHeun(diffrax.AbstractStratonovichSolver):
                 "path with space-space area: BrownianGrid(..., levy_area=nde.solvers.SpaceSpaceLevyArea)."
             )
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def step(
+        self,
+        terms: PyTree,
+        t0: Any,
+        t1: Any,
+        y0: PyTree,
+        args: Any,
+        solver_state: PyTree,
+        made_jump: Any,
+    ):
         del solver_state, made_jump
         drift, diffusion = terms.terms
         h = drift.contr(t0, t1)
         noise = diffusion.contr(t0, t1, use_levy=True)
 
         def increment(t, y):
-            return _add(drift.vf_prod(t, y, args, h), diffusion.vf_prod(t, y, args, noise.W))
+            return trees.add(drift.vf_prod(t, y, args, h), diffusion.vf_prod(t, y, args, noise.W))
 
         def correction(channel, area):
             # (D g_j) [sum_i g_i A_ij], with g_j picked by the unit vector of channel j.
@@ -75,16 +91,12 @@ class LevyHeun(diffrax.AbstractStratonovichSolver):
             ]
 
         k1 = increment(t0, y0)
-        k2 = increment(t1, _add(y0, k1))
+        k2 = increment(t1, trees.add(y0, k1))
         corrections = jax.vmap(correction)(jnp.eye(*noise.A.shape, dtype=noise.A.dtype), noise.A.T)
         y1 = jax.tree.map(
             lambda y, a, b, c: y + (a + b) / 2 + jnp.sum(c, axis=0), y0, k1, k2, corrections
         )
         return y1, None, dict(y0=y0, y1=y1), None, diffrax.RESULTS.successful
 
-    def func(self, terms, t0, y0, args) -> Any:
+    def func(self, terms: PyTree, t0: Any, y0: PyTree, args: Any) -> Any:
         return terms.vf(t0, y0, args)
-
-
-def _add(x, y):
-    return jax.tree.map(jnp.add, x, y)

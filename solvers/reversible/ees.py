@@ -39,8 +39,10 @@ import jax.numpy as jnp
 from equinox import AbstractClassVar
 from jaxtyping import PyTree
 
-from nde.solvers.reversible.coupling import Record, Rewind, Step, total
-from nde.solvers.reversible.solver import AbstractReversibleSolver, difference, doubled
+from nde.solvers import trees
+from nde.solvers.methods.declared import Declared
+from nde.solvers.reversible.coupling import Members, Pullback, Record, RewindState, StepInput
+from nde.solvers.reversible.solver import AbstractReversibleSolver, ReversibleState
 
 _r = math.sqrt(2.0)
 
@@ -60,70 +62,79 @@ class AbstractEES(
     twins = False
 
     @property
-    def evaluations_per_step(self):
-        return len(self.B)
+    def declared(self):
+        return Declared(len(self.B), len(self.B))
 
-    def order(self, terms):
+    def order(self, terms: PyTree):
         return 2
 
-    def strong_order(self, terms):
+    def strong_order(self, terms: PyTree):
         return 0.5
 
-    def start(self, terms, t0, y0, args):
+    def initial_members(self, terms: PyTree, t0: Any, y0: PyTree, args: Any):
         return (y0,)
 
-    def advance(self, step, members0, carried=None):
+    def forward(self, step: StepInput, members0: Members, carried: PyTree = None):
         (y0,) = members0
-        record = self._stages(step, step.t0, step.t1, step.control, y0)
-        return (total((1.0, y0), (1.0, record.increment)),), [record]
+        record = self._forth(step, y0)
+        return (trees.add(y0, record.increment),), [record]
 
-    def retreat(self, step, members1, carried=None):
+    def inverse(self, step: StepInput, members1: Members, carried: PyTree = None):
         (y1,) = members1
-        return (total((1.0, y1), (1.0, self._back(step, y1))),), None
+        return (trees.add(y1, self._back(step, y1)),), None
 
-    def error(self, records):
-        return difference(records[0].increment, records[0].field)
+    def error(self, records: list[Record]):
+        return trees.subtract(records[0].increment, records[0].field)
 
-    def refresh(self, terms, t, y, solver_state, args):
+    def refresh(self, terms: PyTree, t: Any, y: PyTree, solver_state: ReversibleState, args: Any):
         return solver_state
 
-    def start_rewind(self, members, cts, lanes=()):
-        return Rewind(members, cts, None, jnp.zeros(lanes, bool))
+    def start_rewind(self, members: Members, cts: Members, lanes: tuple[int, ...] = ()):
+        return RewindState(members, cts, None, jnp.zeros(lanes, bool))
 
-    def rewind(self, pull, back, ct_records=None):
+    def rewind(self, pullback: Pullback, back: RewindState):
         (y1,), (ct,) = back.members, back.cts
-        increment = pull.value(lambda step, following, y: self._back(step, y), y1)
-        y0 = total((1.0, y1), (1.0, increment))
-        ct_record = Record(jax.tree.map(jnp.zeros_like, ct), ct)
-        if ct_records is not None and ct_records[0] is not None:
-            ct_record = total((1.0, ct_record), (1.0, ct_records[0]))
-        _, ct_params, u = pull.pull(
-            lambda step, following, y: self.advance(step, (y,))[1][0], y0, ct_record
-        )
-        return Rewind((y0,), (total((1.0, ct), (1.0, u)),), None, back.pending), ct_params
 
-    def finish_rewind(self, pull, back):
+        def increment(step: StepInput, following: StepInput, y: PyTree) -> PyTree:
+            del following
+            return self._forth(step, y).increment
+
+        def back_increment(step: StepInput, following: StepInput, y: PyTree) -> PyTree:
+            del following
+            return self._back(step, y)
+
+        y0 = trees.add(y1, pullback.value(back_increment, y1))
+        _, ct_params, u = pullback.pull(increment, y0, ct)
+        return RewindState((y0,), (trees.add(ct, u),), None, back.pending), ct_params
+
+    def finish_rewind(self, pullback: Pullback, back: RewindState):
         return back.members, back.cts, None
 
-    def dense_info(self, step, members0, members1, records):
+    def dense_info(
+        self, step: StepInput, members0: Members, members1: Members, records: list[Record]
+    ):
         (y0,), (y1,) = members0, members1
         k0 = records[0].field
-        k1 = difference(doubled(difference(y1, y0)), k0)  # leaves the cubic a quadratic
+        twice = trees.scale(2.0, trees.subtract(y1, y0))
+        k1 = trees.subtract(twice, k0)  # leaves the cubic a quadratic
         return dict(y0=y0, y1=y1, k0=k0, k1=k1)
 
-    def _back(self, step: Step, y: PyTree) -> PyTree:
+    def _forth(self, step: StepInput, y: PyTree) -> Record:
+        return self._stages(step, step.t0, step.t1, step.control, y)
+
+    def _back(self, step: StepInput, y: PyTree) -> PyTree:
         """The increment of the plain step from `t1` to `t0`, the control negated."""
         control = jax.tree.map(lambda dX: -dX, step.control)
         return self._stages(step, step.t1, step.t0, control, y).increment
 
-    def _stages(self, step: Step, start: Any, end: Any, control: PyTree, y: PyTree) -> Record:
+    def _stages(self, step: StepInput, start: Any, end: Any, control: PyTree, y: PyTree) -> Record:
         euler = register = change = None
         for a, b, c in zip(self.A, self.B, self.c, strict=True):
-            stage = y if change is None else total((1.0, y), (1.0, change))
+            stage = trees.add(y, change)
             k = step.terms.vf_prod(start + c * (end - start), stage, step.args, control)
             euler = k if euler is None else euler
-            register = total((a, register), (1.0, k))
-            change = total((1.0, change), (b, register))
+            register = trees.combine((a, 1.0), (register, k))
+            change = trees.combine((1.0, b), (change, register))
         return Record(euler, change)
 
 

@@ -31,9 +31,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Real
 
-from nde.solvers.methods.explicit_rk import combine, needed_stages, stages
-from nde.solvers.reversible.coupling import Coupling, Step, total
-from nde.solvers.reversible.solver import AbstractCoupledSolver, difference
+from nde.solvers import trees
+from nde.solvers.methods.declared import Declared
+from nde.solvers.methods.explicit_rk import needed_stages, stages
+from nde.solvers.reversible.coupling import Coupling, Members, Record, StepInput
+from nde.solvers.reversible.solver import AbstractCoupledSolver
 
 Y, Z = 0, 1
 
@@ -81,54 +83,57 @@ class Reversible(
         return _InterpolationOf(self.base.interpolation_cls)
 
     @property
-    def evaluations_per_step(self):
-        return 2 * needed_stages(self._tableau)
+    def declared(self):
+        needed = needed_stages(self._tableau)
+        return Declared(2 * needed, needed + self._tableau.num_stages)
 
-    def order(self, terms):
+    def order(self, terms: PyTree):
         return self.base.order(terms)
 
-    def strong_order(self, terms):
+    def strong_order(self, terms: PyTree):
         return self.base.strong_order(terms)
 
-    def error_order(self, terms):
+    def error_order(self, terms: PyTree):
         return self.base.error_order(terms)
 
-    def couplings(self, full=False):
+    def couplings(self, with_error: bool = False):
         tableau = self._tableau
         needed = needed_stages(tableau)
-        count = tableau.num_stages if full else needed
+        count = tableau.num_stages if with_error else needed
 
-        def there(step: Step, z: PyTree) -> list[PyTree]:
+        def there(step: StepInput, z: PyTree) -> list[PyTree]:
             at = (step.t0, step.t1, step.control, z, step.args)
             return stages(tableau, step.terms, *at, count)[0]
 
-        def back(step: Step, y: PyTree) -> list[PyTree]:
+        def back(step: StepInput, y: PyTree) -> list[PyTree]:
             control = jax.tree.map(lambda dX: -dX, step.control)
             at = (step.t1, step.t0, control, y, step.args)
             return stages(tableau, step.terms, *at, needed)[0]
 
-        def plus(step: Step, ks: list[PyTree]) -> PyTree:
-            return combine(None, tableau.b_sol, ks)
+        def plus(step: StepInput, ks: list[PyTree]) -> PyTree:
+            return trees.combine(tableau.b_sol, ks)
 
-        def minus(step: Step, ks: list[PyTree]) -> PyTree:
-            return combine(None, -tableau.b_sol, ks)
+        def minus(step: StepInput, ks: list[PyTree]) -> PyTree:
+            return trees.combine(-tableau.b_sol, ks)
 
         return (
             Coupling(Y, Z, a=self.coupling, b=1.0 - self.coupling, field=there, increment=plus),
             Coupling(Z, Y, field=back, increment=minus),
         )
 
-    def start(self, terms, t0, y0, args):
+    def initial_members(self, terms: PyTree, t0: Any, y0: PyTree, args: Any):
         return y0, y0
 
-    def error(self, records):
-        return combine(None, self._tableau.b_error, records[0].field)
+    def error(self, records: list[Record]):
+        return trees.combine(self._tableau.b_error, records[0].field)
 
-    def dense_info(self, step, members0, members1, records):
+    def dense_info(
+        self, step: StepInput, members0: Members, members1: Members, records: list[Record]
+    ):
         y0, z0 = members0
-        gap = total((1.0 - self.coupling, difference(y0, z0)))
-        k = jax.tree.map(lambda *ks: jnp.stack(ks), *records[0].field)
-        return dict(y0=difference(y0, gap), y1=members1[Y], k=k, gap=gap)
+        gap = trees.combine((1.0 - self.coupling,), (trees.subtract(y0, z0),))
+        k = trees.stack(records[0].field)
+        return dict(y0=trees.subtract(y0, gap), y1=members1[Y], k=k, gap=gap)
 
     @property
     def _tableau(self) -> diffrax.ButcherTableau:
@@ -143,7 +148,7 @@ class _InterpolationOf:
 
     base: Callable[..., diffrax.AbstractPath]
 
-    def __call__(self, *, t0, t1, gap, **dense_info) -> "_Interpolation":
+    def __call__(self, *, t0: Any, t1: Any, gap: PyTree, **dense_info) -> "_Interpolation":
         return _Interpolation(t0, t1, gap, self.base(t0=t0, t1=t1, **dense_info))
 
 
@@ -155,7 +160,7 @@ class _Interpolation(diffrax.AbstractPath):
 
     def evaluate(self, t0: Real, t1: Real | None = None, left: bool = True) -> PyTree[Array]:
         if t1 is not None:
-            return difference(self.evaluate(t1), self.evaluate(t0))
+            return trees.subtract(self.evaluate(t1), self.evaluate(t0))
         # As diffrax rescales: an empty step has no inside, and must not divide by zero.
         empty = self.t0 == self.t1
         left_of_t1 = (self.t1 - t0) / jnp.where(empty, jnp.ones_like(self.t1), self.t1 - self.t0)

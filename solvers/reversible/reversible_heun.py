@@ -17,10 +17,13 @@ Not for:    dissipative fields: stable on the imaginary segment h lambda in [-i,
 Reference:  Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
 """
 
+from typing import Any
+
 import diffrax
 from jaxtyping import PyTree
 
-from nde.solvers.reversible.coupling import Coupling, Step
+from nde.solvers.methods.declared import Declared
+from nde.solvers.reversible.coupling import Coupling, StepInput
 from nde.solvers.reversible.solver import AbstractKickedSolver, half
 
 Y, Z = 0, 1
@@ -36,27 +39,31 @@ class ReversibleHeun(AbstractKickedSolver, diffrax.AbstractStratonovichSolver):
     shared_ends = True
     twins = True
 
-    def order(self, terms):
+    @property
+    def declared(self):
+        return Declared(1, 1, at_start=1, after_jump=1)
+
+    def order(self, terms: PyTree):
         return 2
 
-    def strong_order(self, terms):
+    def strong_order(self, terms: PyTree):
         return 0.5
 
-    def couplings(self, full=False):
-        del full  # the error estimate and the output need nothing more
+    def couplings(self, with_error: bool = False):
+        del with_error  # the error estimate and the output need nothing more
         return (
             Coupling(Y, Z, field=_field_at_start, increment=half),
             Coupling(Z, Y, a=-1.0, b=2.0),
             Coupling(Y, Z, field=_field_at_end, increment=half),
         )
 
-    def start(self, terms, t0, y0, args):
+    def initial_members(self, terms: PyTree, t0: Any, y0: PyTree, args: Any):
         return y0, y0
 
 
-def _field_at_start(step: Step, z: PyTree) -> PyTree:
+def _field_at_start(step: StepInput, z: PyTree) -> PyTree:
     return step.terms.vf(step.t0, z, step.args)
 
 
-def _field_at_end(step: Step, z: PyTree) -> PyTree:
+def _field_at_end(step: StepInput, z: PyTree) -> PyTree:
     return step.terms.vf(step.t1, z, step.args)

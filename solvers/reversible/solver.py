@@ -11,26 +11,33 @@ All three follow from the list of couplings (see `coupling`); for `EES25` and `E
 the plain step with the control negated.
 
 In code:    x -> members, ct -> cts, ct_p the cotangent of whatever parameters the caller perturbs
-Cost:       `evaluations_per_step`, the same in either direction (EES: twice that backwards)
+Cost:       what the solver declares, the same in either direction (EES: twice that backwards)
 Not for:    implicit bases; Ito equations (all converge to the Stratonovich solution, if to any).
 Reference:  the solvers' own modules
 """
 
 import abc
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import diffrax
 import jax
-import jax.numpy as jnp
 from equinox import AbstractClassVar
 from jaxtyping import PyTree
 
+from nde.solvers import trees
+from nde.solvers.methods.declared import AbstractDeclaring
 from nde.solvers.reversible import coupling
-from nde.solvers.reversible.coupling import Coupling, Members, Pull, Record, Rewind, Step
+from nde.solvers.reversible.coupling import (
+    Coupling,
+    Members,
+    Pullback,
+    Record,
+    RewindState,
+    StepInput,
+)
 
 
-class State(NamedTuple):
+class ReversibleState(NamedTuple):
     """What a reversible solver carries beside the solution.
 
     Attributes:
@@ -44,107 +51,103 @@ class State(NamedTuple):
     carried: PyTree
 
 
-class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
+class AbstractReversibleSolver(AbstractDeclaring, diffrax.AbstractSolver[ReversibleState]):
     """A solver whose steps can be undone. See the module for the vocabulary.
 
-    `step` and `init` are what diffrax calls, `unstep` undoes a step of it. `advance`, `retreat`,
-    `dense_info` and `start` are the same in terms of members, for one trajectory; `rewind` and its
-    start and finish act on members and cotangents with any lane axes.
+    `step` and `init` are what diffrax calls, `unstep` undoes a step of it. `forward`, `inverse`,
+    `dense_info` and `initial_members` are the same in terms of members, for one trajectory; `rewind`
+    and its start and finish act on members and cotangents with any lane axes.
     """
 
     shared_ends: AbstractClassVar[bool]
     twins: AbstractClassVar[bool]  # whether the second member is another approximation of y
 
-    @property
     @abc.abstractmethod
-    def evaluations_per_step(self) -> int:
-        """Vector-field evaluations of one forward step, without error estimate or dense output.
-
-        A drift and its diffusion count as one, and so do the two fields of a separable system.
-        """
-
-    @abc.abstractmethod
-    def start(self, terms: PyTree, t0: Any, y0: PyTree, args: Any) -> Members:
+    def initial_members(self, terms: PyTree, t0: Any, y0: PyTree, args: Any) -> Members:
         """The members at `t0`; differentiable. The gradient of a solve ends with its pullback."""
 
     @abc.abstractmethod
-    def advance(
-        self, step: Step, members0: Members, carried: PyTree = None
+    def forward(
+        self, step: StepInput, members0: Members, carried: PyTree = None
     ) -> tuple[Members, list[Record]]:
         """The members after a step, and what the error estimate and the output need of it."""
 
     @abc.abstractmethod
-    def retreat(
-        self, step: Step, members1: Members, carried: PyTree = None
+    def inverse(
+        self, step: StepInput, members1: Members, carried: PyTree = None
     ) -> tuple[Members, PyTree]:
-        """The members before a step, and the field value to carry there; undoes `advance`."""
+        """The members before a step, and the field value to carry there; undoes `forward`."""
 
     @abc.abstractmethod
     def error(self, records: list[Record]) -> PyTree | None:
-        """The error estimate, from the records of `advance`; None if there is none."""
+        """The error estimate, from the records of `forward`; None if there is none."""
 
     @abc.abstractmethod
     def dense_info(
-        self, step: Step, members0: Members, members1: Members, records: list[Record]
+        self, step: StepInput, members0: Members, members1: Members, records: list[Record]
     ) -> dict[str, PyTree]:
-        """What `interpolation_cls` needs.
-
-        Linear in the members and records, and independent of `step`: so the cotangent of an output
-        can be pulled into them before their values are known. Not so for the symplectic solvers,
-        which evaluate the velocity here.
-        """
+        """What `interpolation_cls` needs."""
 
     @abc.abstractmethod
-    def refresh(self, terms: PyTree, t: Any, y: PyTree, solver_state: State, args: Any) -> State:
+    def refresh(
+        self, terms: PyTree, t: Any, y: PyTree, solver_state: ReversibleState, args: Any
+    ) -> ReversibleState:
         """The state with its carried field value recomputed at `t`, on that side of a jump."""
 
     @abc.abstractmethod
-    def start_rewind(self, members: Members, cts: Members, lanes: tuple[int, ...] = ()) -> Rewind:
-        """The `Rewind` at the end of a solve or at a stored state. `lanes`: leading lane axes."""
+    def start_rewind(
+        self, members: Members, cts: Members, lanes: tuple[int, ...] = ()
+    ) -> RewindState:
+        """The `RewindState` at the end of a solve or at a stored state. `lanes`: leading lane axes."""
 
     @abc.abstractmethod
-    def rewind(
-        self, pull: Pull, back: Rewind, ct_records: Sequence[Record | None] | None = None
-    ) -> tuple[Rewind, PyTree]:
-        """Un-steps one step and pulls back through it. As `coupling.rewind`.
-
-        `ct_records` are the cotangents of the records of `advance`, if an output between steps or a
-        regularizer uses them.
-        """
+    def rewind(self, pullback: Pullback, back: RewindState) -> tuple[RewindState, PyTree]:
+        """Un-steps one step and pulls back through it. As `coupling.rewind`."""
 
     @abc.abstractmethod
-    def finish_rewind(self, pull: Pull, back: Rewind) -> tuple[Members, Members, PyTree]:
+    def finish_rewind(
+        self, pullback: Pullback, back: RewindState
+    ) -> tuple[Members, Members, PyTree]:
         """The members, cotangents and parameter cotangent where the rewinding stops.
 
         As `coupling.finish_rewind`.
         """
 
     def members(self, y: PyTree, others: Members | None) -> Members:
-        """The members, from the solution and `State.others`."""
+        """The members, from the solution and `ReversibleState.others`."""
         return (y, *(others or ()))
 
     def split(self, members: Members) -> tuple[PyTree, Members | None]:
-        """The solution and `State.others`, from the members."""
+        """The solution and `ReversibleState.others`, from the members."""
         return members[0], members[1:] or None
 
-    def init(self, terms, t0, t1, y0, args) -> State:
+    def init(self, terms: PyTree, t0: Any, t1: Any, y0: PyTree, args: Any) -> ReversibleState:
         del t1
-        y, others = self.split(self.start(terms, t0, y0, args))
-        return self.refresh(terms, t0, y, State(others, None), args)
+        y, others = self.split(self.initial_members(terms, t0, y0, args))
+        return self.refresh(terms, t0, y, ReversibleState(others, None), args)
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def step(
+        self,
+        terms: PyTree,
+        t0: Any,
+        t1: Any,
+        y0: PyTree,
+        args: Any,
+        solver_state: ReversibleState,
+        made_jump: Any,
+    ):
         if made_jump is not False and self.shared_ends:
             solver_state = jax.lax.cond(
                 made_jump,
                 lambda: self.refresh(terms, t0, y0, solver_state, args),
                 lambda: solver_state,
             )
-        step = Step.over(terms, t0, t1, args, made_jump)
+        step = StepInput.over(terms, t0, t1, args, made_jump)
         members0 = self.members(y0, solver_state.others)
-        members1, records = self.advance(step, members0, solver_state.carried)
+        members1, records = self.forward(step, members0, solver_state.carried)
         dense_info = self.dense_info(step, members0, members1, records)
         y1, others = self.split(members1)
-        state1 = State(others, records[-1].field if self.shared_ends else None)
+        state1 = ReversibleState(others, records[-1].field if self.shared_ends else None)
         return y1, self.error(records), dense_info, state1, diffrax.RESULTS.successful
 
     def unstep(
@@ -153,10 +156,10 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
         t0: Any,
         t1: Any,
         y1: PyTree,
-        solver_state1: State,
+        solver_state1: ReversibleState,
         args: Any,
         made_jump: Any,
-    ) -> tuple[PyTree, State]:
+    ) -> tuple[PyTree, ReversibleState]:
         """The exact inverse of `step`.
 
         Args:
@@ -172,13 +175,13 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[State]):
         Returns:
             The solution and the state at `t0`.
         """
-        step = Step.over(terms, t0, t1, args, made_jump)
+        step = StepInput.over(terms, t0, t1, args, made_jump)
         members1 = self.members(y1, solver_state1.others)
-        members0, carried = self.retreat(step, members1, solver_state1.carried)
+        members0, carried = self.inverse(step, members1, solver_state1.carried)
         y0, others = self.split(members0)
-        return y0, State(others, carried)
+        return y0, ReversibleState(others, carried)
 
-    def func(self, terms, t0, y0, args):
+    def func(self, terms: PyTree, t0: Any, y0: PyTree, args: Any):
         return terms.vf(t0, y0, args)
 
 
@@ -186,42 +189,36 @@ class AbstractCoupledSolver(AbstractReversibleSolver):
     """A reversible solver that is a list of couplings."""
 
     @abc.abstractmethod
-    def couplings(self, full: bool = False) -> tuple[Coupling, ...]:
+    def couplings(self, with_error: bool = False) -> tuple[Coupling, ...]:
         """The couplings of one step, in order.
 
         Args:
-            full: Whether to evaluate also what only the error estimate and `dense_info` need.
+            with_error: Whether to evaluate also what only the error estimate and `dense_info` need.
         """
 
-    @property
-    def evaluations_per_step(self) -> int:
-        evaluated = sum(c.field is not None for c in self.couplings())
-        return evaluated - self.shared_ends
+    def forward(self, step: StepInput, members0: Members, carried: PyTree = None):
+        return coupling.forward(self.couplings(with_error=True), step, members0, carried)
 
-    def advance(self, step, members0, carried=None):
-        return coupling.advance(self.couplings(full=True), step, members0, carried)
-
-    def retreat(self, step, members1, carried=None):
-        members0, records = coupling.undo(self.couplings(), step, members1, carried)
+    def inverse(self, step: StepInput, members1: Members, carried: PyTree = None):
+        members0, records = coupling.inverse(self.couplings(), step, members1, carried)
         return members0, records[0].field if self.shared_ends else None
 
-    def refresh(self, terms, t, y, solver_state, args):
+    def refresh(self, terms: PyTree, t: Any, y: PyTree, solver_state: ReversibleState, args: Any):
         if not self.shared_ends:
             return solver_state
         first = self.couplings()[0]
         other = self.members(y, solver_state.others)[first.source]
-        at_t = Step(terms, t, t, args, None)
-        return State(solver_state.others, first.evaluate(at_t, other))
+        at_t = StepInput(terms, t, t, args, None)
+        return ReversibleState(solver_state.others, first.evaluate(at_t, other))
 
-    def start_rewind(self, members, cts, lanes=()):
+    def start_rewind(self, members: Members, cts: Members, lanes: tuple[int, ...] = ()):
         return coupling.start_rewind(self.couplings(), self.shared_ends, members, cts, lanes)
 
-    def rewind(self, pull, back, ct_records=None):
-        couplings = self.couplings(full=ct_records is not None)
-        return coupling.rewind(couplings, self.shared_ends, pull, back, ct_records)
+    def rewind(self, pullback: Pullback, back: RewindState):
+        return coupling.rewind(self.couplings(), self.shared_ends, pullback, back)
 
-    def finish_rewind(self, pull, back):
-        return coupling.finish_rewind(self.couplings(), self.shared_ends, pull, back)
+    def finish_rewind(self, pullback: Pullback, back: RewindState):
+        return coupling.finish_rewind(self.couplings(), self.shared_ends, pullback, back)
 
 
 class AbstractKickedSolver(AbstractCoupledSolver, diffrax.AbstractAdaptiveSolver):
@@ -231,24 +228,16 @@ class AbstractKickedSolver(AbstractCoupledSolver, diffrax.AbstractAdaptiveSolver
     term_structure = diffrax.AbstractTerm
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation
 
-    def error(self, records):
-        return difference(records[-1].increment, records[0].increment)
+    def error(self, records: list[Record]):
+        return trees.subtract(records[-1].increment, records[0].increment)
 
-    def dense_info(self, step, members0, members1, records):
-        k0, k1 = doubled(records[0].increment), doubled(records[-1].increment)
+    def dense_info(
+        self, step: StepInput, members0: Members, members1: Members, records: list[Record]
+    ):
+        k0, k1 = (trees.scale(2.0, records[i].increment) for i in (0, -1))
         return dict(y0=members0[0], y1=members1[0], k0=k0, k1=k1)
 
 
-def half(step: Step, v: PyTree) -> PyTree:
+def half(step: StepInput, v: PyTree) -> PyTree:
     """Half the increment that the field value makes over the step."""
-    return coupling.total((0.5, step.terms.prod(v, step.control)))
-
-
-def doubled(x: PyTree) -> PyTree:
-    """2 x: the whole increment, from that of half a step."""
-    return jax.tree.map(lambda leaf: 2.0 * leaf, x)
-
-
-def difference(x: PyTree, y: PyTree) -> PyTree:
-    """x - y."""
-    return jax.tree.map(jnp.subtract, x, y)
+    return trees.scale(0.5, step.terms.prod(v, step.control))

@@ -24,11 +24,15 @@ Reference:  Construction of higher order symplectic integrators (1990)
             | doi:10.1016/0375-9601(90)90092-3
 """
 
+from typing import Any
+
 import diffrax
 from equinox import AbstractClassVar
 from jaxtyping import PyTree
 
-from nde.solvers.reversible.coupling import Coupling, Step, total
+from nde.solvers import trees
+from nde.solvers.methods.declared import Declared
+from nde.solvers.reversible.coupling import Coupling, Members, Record, StepInput
 from nde.solvers.reversible.solver import AbstractCoupledSolver
 
 Q, P = 0, 1
@@ -45,17 +49,18 @@ class AbstractSymplecticSolver(AbstractCoupledSolver):
     twins = False
 
     @property
-    def evaluations_per_step(self):
-        return len(self.weights)
+    def declared(self):
+        drifts = len(self.weights)
+        return Declared(drifts, drifts + 2)
 
-    def members(self, y, others):
+    def members(self, y: PyTree, others: Members | None):
         return tuple(y)
 
-    def split(self, members):
+    def split(self, members: Members):
         return members, None
 
-    def couplings(self, full=False):
-        del full
+    def couplings(self, with_error: bool = False):
+        del with_error
         at, weight = 0.0, 0.0
         out = []
         for w in self.weights:
@@ -63,7 +68,7 @@ class AbstractSymplecticSolver(AbstractCoupledSolver):
             at, weight = at + w, w
         return (*out, _kick(1.0, weight / 2))
 
-    def start(self, terms, t0, y0, args):
+    def initial_members(self, terms: PyTree, t0: Any, y0: PyTree, args: Any):
         if not (isinstance(y0, tuple) and len(y0) == 2):
             raise ValueError(
                 f"`y0` is a {type(y0).__name__}; a separable system has two halves. Pass "
@@ -71,15 +76,17 @@ class AbstractSymplecticSolver(AbstractCoupledSolver):
             )
         return y0
 
-    def error(self, records):
+    def error(self, records: list[Record]):
         return None
 
-    def dense_info(self, step, members0, members1, records):
+    def dense_info(
+        self, step: StepInput, members0: Members, members1: Members, records: list[Record]
+    ):
         k0 = _slope(step, step.t0, members0[P], records[0].field)
         k1 = _slope(step, step.t1, members1[P], records[-1].field)
         return dict(y0=members0, y1=members1, k0=k0, k1=k1)
 
-    def func(self, terms, t0, y0, args):
+    def func(self, terms: PyTree, t0: Any, y0: PyTree, args: Any):
         return terms[Q].vf(t0, y0[P], args), terms[P].vf(t0, y0[Q], args)
 
 
@@ -93,7 +100,7 @@ class StormerVerlet(AbstractSymplecticSolver):
 
     weights = (1.0,)
 
-    def order(self, terms):
+    def order(self, terms: PyTree):
         return 2
 
 
@@ -109,11 +116,11 @@ class Yoshida4(AbstractSymplecticSolver):
 
     weights = (_W1, 1.0 - 2.0 * _W1, _W1)
 
-    def order(self, terms):
+    def order(self, terms: PyTree):
         return 4
 
 
-def _time(step: Step, fraction: float):
+def _time(step: StepInput, fraction: float):
     # The ends exactly as given: the next step stands at the same number.
     if fraction == 0.0 or fraction == 1.0:
         return step.t1 if fraction else step.t0
@@ -131,16 +138,16 @@ def _drift(fraction: float, weight: float) -> Coupling:
 
 
 def _coupling(target: int, source: int, fraction: float, weight: float) -> Coupling:
-    def field(step: Step, other: PyTree) -> PyTree:
+    def field(step: StepInput, other: PyTree) -> PyTree:
         return step.terms[target].vf(_time(step, fraction), other, step.args)
 
-    def increment(step: Step, v: PyTree) -> PyTree:
-        return total((weight, step.terms[target].prod(v, step.control[target])))
+    def increment(step: StepInput, v: PyTree) -> PyTree:
+        return trees.scale(weight, step.terms[target].prod(v, step.control[target]))
 
     return Coupling(target, source, field=field, increment=increment)
 
 
-def _slope(step: Step, t, p: PyTree, dp: PyTree) -> tuple[PyTree, PyTree]:
+def _slope(step: StepInput, t, p: PyTree, dp: PyTree) -> tuple[PyTree, PyTree]:
     """The increments that (q, p) would make at the rate of one end of the step."""
     dq = step.terms[Q].vf(t, p, step.args)
     return step.terms[Q].prod(dq, step.control[Q]), step.terms[P].prod(dp, step.control[P])

@@ -14,7 +14,15 @@ from messages import mentions
 from oracles import CONSTANT, OURS, PARAMS, Y0, solve
 from sweeps import sweep
 
-from nde.solvers import BrownianInterval, DiscreteAdjoint, Estimates
+from nde.solvers import (
+    BrownianGrid,
+    BrownianInterval,
+    DiscreteAdjoint,
+    Estimates,
+    ReversibleAdjoint,
+    ReversibleHeun,
+    StormerVerlet,
+)
 
 RAISED = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
@@ -43,13 +51,36 @@ def pid(rtol, atol):
     return {"stepsize_controller": dfx.PIDController(rtol=rtol, atol=atol)}
 
 
-def drift_of(value):
-    noise = dfx.ControlTerm(
-        lambda t, y, args: lx.DiagonalLinearOperator(y),
-        dfx.UnsafeBrownianPath((3,), jax.random.key(0)),
-    )
-    terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: value(y)), noise)
+def with_noise(drift, diffusion=lambda y: lx.DiagonalLinearOperator(y)):
+    path = dfx.UnsafeBrownianPath((3,), jax.random.key(0))
+    noise = dfx.ControlTerm(lambda t, y, args: diffusion(y), path)
+    terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: drift(y)), noise)
     return lambda y: dfx.diffeqsolve(terms, dfx.Euler(), 0.0, 1.0, 0.1, y, adjoint=OURS)
+
+
+def along(values, solver=dfx.Heun(), adjoint=OURS):
+    """A field times the control of a path through `values`."""
+    path = dfx.LinearInterpolation(jnp.linspace(0.0, 1.0, 3), values)
+    term = dfx.ControlTerm(lambda t, y, args: y[:, None], path)
+    return lambda y: dfx.diffeqsolve(term, solver, 0.0, 1.0, 0.1, y, adjoint=adjoint)
+
+
+def pair_of(solver, dq, adjoint=OURS):
+    terms = (dfx.ODETerm(lambda t, p, args: dq(p)), dfx.ODETerm(lambda t, q, args: -q))
+    return lambda y: dfx.diffeqsolve(terms, solver, 0.0, 1.0, 0.1, (y, y), adjoint=adjoint)
+
+
+def path_of(kind, *args):
+    return lambda y: kind(0.0, 1.0, *args)
+
+
+def imaginary(y):
+    return jax.lax.complex(jnp.zeros_like(y), y)
+
+
+REVERSED = ReversibleAdjoint()
+KEY = jax.random.key(0)
+COMPLEX = ["complex", "real", "`.real`"]
 
 
 CLIPPED = dfx.ClipStepSizeController(dfx.PIDController(rtol=-1e-3, atol=1e-6), jump_ts=[0.5])
@@ -91,14 +122,30 @@ KNOWN_WITHOUT_DATA = [
     (25, returns(lambda y: y[:2]), ["[2]", "[3]"]),
     (25, lambda y: solve(y, vector_field=lambda t, y: y), ["takes 2 positional arguments"]),
     (26, returns(lambda y: y[0]), ["vector_field", "shape ()", "(3,)"]),
-    (26, drift_of(lambda y: y[0]), ["vector_field", "shape ()", "(3,)"]),
+    (26, with_noise(lambda y: y[0]), ["vector_field", "shape ()", "(3,)"]),
     (27, returns(lambda y: jnp.array([1, 2, 3])), ["vector_field", "dtype int64", "1.0"]),
-    (27, drift_of(lambda y: y > 0), ["vector_field", "dtype bool", "astype"]),
+    (27, with_noise(lambda y: y > 0), ["vector_field", "dtype bool", "astype"]),
+    (28, returns(imaginary), ["`vector_field(t, y, args)`", *COMPLEX]),
+    (28, with_noise(imaginary), ["`vector_field(t, y, args)`", *COMPLEX]),
+    (28, with_noise(lambda y: y, lambda y: lx.DiagonalLinearOperator(imaginary(y))), COMPLEX),
+    (28, with_noise(lambda y: y, lambda y: imaginary(jnp.eye(3))), COMPLEX),
+    (28, along(imaginary(jnp.ones((3, 1)))), COMPLEX),
+    (28, along(imaginary(jnp.ones((3, 1))), ReversibleHeun(), REVERSED), COMPLEX),
+    (28, pair_of(dfx.SemiImplicitEuler(), imaginary), COMPLEX),
+    (28, pair_of(StormerVerlet(), imaginary, REVERSED), COMPLEX),
     (0, lambda y: type(OURS)(checkpoints=0), ["`checkpoints` is 0", ">= 1"]),
+    (0, path_of(BrownianInterval, 1e-3, (2,), KEY), ["`shape`", "0.001", "(t0, t1, shape, key,"]),
+    (0, path_of(BrownianGrid, (2,), 0.1, KEY), ["`shape`", "0.1", "(t0, t1, dt, shape, key,"]),
+    (
+        0,
+        path_of(BrownianInterval, (2,), 0),
+        ["`key` of BrownianInterval is 0", "jax.random.key(0)"],
+    ),
+    (0, path_of(BrownianGrid, 0.1, (2,), jax.random.split(KEY)), ["`key` of BrownianGrid", "(2,)"]),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Complex dtype support")
+@pytest.mark.filterwarnings("ignore:.*[Cc]omplex")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("row, call, words", KNOWN_WITHOUT_DATA)
 def test_what_is_known_without_data(row, call, words, mode):

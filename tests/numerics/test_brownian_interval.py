@@ -34,7 +34,7 @@ def evaluate(path, s, t):
 
 
 def advance(path, s, t, state):
-    return compiled(path.advance, jnp.asarray(s), jnp.asarray(t), state)
+    return compiled(path.draw, jnp.asarray(s), jnp.asarray(t), state)
 
 
 def numbers(increment):
@@ -60,7 +60,7 @@ def test_500_queries_in_10_orders_give_the_same_bits(levy_area, nodes):
     @eqx.filter_jit
     def in_order(path, queries):
         def body(state, query):
-            increment, state = path.advance(query[0], query[1], state, use_levy=True)
+            increment, state = path.draw(query[0], query[1], state, use_levy=True)
             return state, increment
 
         return jax.lax.scan(body, path.init(), queries)[1]
@@ -93,7 +93,7 @@ def test_a_query_does_not_notice_100000_others():
     @eqx.filter_jit
     def after(path, state):
         def body(state, query):
-            return path.advance(query[0], query[1], state)[1], None
+            return path.draw(query[0], query[1], state)[1], None
 
         return jax.lax.scan(body, state, queries)[0]
 
@@ -111,7 +111,7 @@ def test_lanes_and_single_paths_give_the_same_bits(levy_area):
         path = interval(levy_area, key=key)
 
         def body(state, query):
-            increment, state = path.advance(query[0], query[1], state, use_levy=True)
+            increment, state = path.draw(query[0], query[1], state, use_levy=True)
             return state, increment
 
         return jax.lax.scan(body, path.init(), jnp.asarray(queries))[1]
@@ -185,7 +185,7 @@ def sequential(path, bits, steps, seed, dtype):
         end = jnp.minimum(t + length, jnp.ones((), dtype))
         if bits is not None:
             end = path.round_down(t, end, bits=bits)
-        _, state = path.advance(t, end, state)
+        _, state = path.draw(t, end, state)
         return (end, state), end
 
     start = (jnp.zeros((), dtype), path.init())
@@ -215,7 +215,7 @@ def test_the_count_of_draws_is_real(monkeypatch):
     monkeypatch.setattr(threefry, "normal", counting)
     times, state = np.array([0.0, 0.01, 0.025, 0.026, 0.5, 0.49]), path.init()
     for s, t in zip(times[:-1], times[1:], strict=True):
-        _, state = path.advance(s, t, state)
+        _, state = path.draw(s, t, state)
     jax.effects_barrier()
     assert len(calls) == int(state.draws)
 

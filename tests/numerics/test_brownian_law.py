@@ -33,7 +33,7 @@ def sequential(key):
     path = interval(key)
     state, rows = path.init(), []
     for s, t in zip(TIMES[:-1], TIMES[1:], strict=True):
-        x, state = path.advance(s, t, state, use_levy=True)
+        x, state = path.draw(s, t, state, use_levy=True)
         rows.append(jnp.stack([x.W, x.H * np.sqrt(12.0)]) / np.sqrt(t - s))
     return jnp.concatenate(rows)
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, PyTree
 from problems import PROBLEMS, terms
 from sweeps import sweep
 
-from nde.solvers.reversible import coupling
-from nde.solvers.reversible.coupling import Coupling, Step
+from nde.solvers import trees
+from nde.solvers.reversible.coupling import Coupling, StepInput
 from nde.solvers.reversible.ees import EES25, EES27
 from nde.solvers.reversible.leapfrog import AsynchronousLeapfrog
 from nde.solvers.reversible.mccallum_foster import Reversible
@@ -25,7 +25,6 @@ from nde.solvers.reversible.reversible_heun import ReversibleHeun
 from nde.solvers.reversible.symplectic import StormerVerlet, Yoshida4
 
 LANES = 2
-INSIDE = 0.3  # where in each step an output is read
 
 
 class Grid(NamedTuple):
@@ -62,7 +61,7 @@ class Case(NamedTuple):
 
 
 class LanePull(NamedTuple):
-    """`coupling.Pull` for all lanes at one step."""
+    """`coupling.Pullback` for all lanes at one step."""
 
     case: Case
     params: PyTree[Array]
@@ -71,8 +70,8 @@ class LanePull(NamedTuple):
 
     def _one(self, fn, params, lane, now, following, x):
         its_terms = self.case.build(params, lane)
-        step = Step.over(its_terms, now.t0, now.t1, params, now.made_jump)
-        after = Step.over(its_terms, following.t0, following.t1, params, following.made_jump)
+        step = StepInput.over(its_terms, now.t0, now.t1, params, now.made_jump)
+        after = StepInput.over(its_terms, following.t0, following.t1, params, following.made_jump)
         return fn(step, after, x)
 
     def _all(self, fn, params, x):
@@ -97,7 +96,7 @@ class LanePull(NamedTuple):
 
 
 def solve(solver, case: Case, steps: Grid, params, y0, jumps=True):
-    """Every y and every output inside a step, by `solver.step` alone, for one lane at a time."""
+    """Every y, by `solver.step` alone, for one lane at a time."""
 
     def one(lane, t0s, t1s, made_jump, y0):
         its_terms = case.build(params, lane)
@@ -107,9 +106,8 @@ def solve(solver, case: Case, steps: Grid, params, y0, jumps=True):
             y, state = carry
             t0, t1, jump = step
             jump = False if steps.made_jump is False else jump
-            y1, _, info, state, _ = solver.step(its_terms, t0, t1, y, params, state, jump)
-            path = solver.interpolation_cls(t0=t0, t1=t1, **info)
-            return (y1, state), (y1, path.evaluate(t0 + INSIDE * (t1 - t0)))
+            y1, _, _, state, _ = solver.step(its_terms, t0, t1, y, params, state, jump)
+            return (y1, state), y1
 
         (y1, state), out = jax.lax.scan(body, (y0, state), (t0s, t1s, made_jump))
         return (y1, state), out
@@ -118,17 +116,15 @@ def solve(solver, case: Case, steps: Grid, params, y0, jumps=True):
     return jax.vmap(one, (0, 1, 1, 1, 0))(case.lanes, steps.t0, steps.t1, bits, y0)
 
 
-def loss(out, inside: bool):
-    """A number from the states after every step (and inside every step), weighted unevenly."""
-    saved, between = out
-    leaves = jax.tree.leaves(saved) + (jax.tree.leaves(between) if inside else [])
-    return sum(jnp.mean(jnp.sin(x + 0.1 * i)) for i, x in enumerate(leaves))
+def loss(out):
+    """A number from the states after every step, weighted unevenly."""
+    return sum(jnp.mean(jnp.sin(x + 0.1 * i)) for i, x in enumerate(jax.tree.leaves(out)))
 
 
-def rewound_gradient(solver, case: Case, steps: Grid, inside: bool):
+def rewound_gradient(solver, case: Case, steps: Grid):
     """The gradient of `loss`, and the y0 that came back, without any stored state."""
     (y1, state), out = solve(solver, case, steps, case.params, case.y0)
-    ct_saved, ct_between = jax.grad(loss)(out, inside)  # (lanes, steps, ...)
+    ct_saved = jax.grad(loss)(out)  # (lanes, steps, ...)
     members = jax.vmap(solver.members)(y1, state.others)
     zeros = jax.tree.map(jnp.zeros_like, members)
     back = solver.start_rewind(members, zeros, (LANES,))
@@ -144,52 +140,21 @@ def rewound_gradient(solver, case: Case, steps: Grid, inside: bool):
         k = steps.steps - 1 - i
         now, following = steps.at(k), steps.at(jnp.minimum(k + 1, steps.steps - 1))
         pull = LanePull(case, case.params, now, following)
-        cts, ct_records = saved(back.cts, k), None
-        if inside:
-            ct = jax.tree.map(lambda c: c[:, k], ct_between)
-            ct0, ct1, ct_records = pull_output(solver, case, now, ct)
-            cts = coupling.total((1.0, cts), (1.0, ct1))
-        back, ct_p = solver.rewind(pull, back._replace(cts=cts), ct_records)
-        if inside:
-            back = back._replace(cts=coupling.total((1.0, back.cts), (1.0, ct0)))
-        return back, coupling.total((1.0, ct_params), (1.0, ct_p))
+        back, ct_p = solver.rewind(pull, back._replace(cts=saved(back.cts, k)))
+        return back, trees.add(ct_params, ct_p)
 
     back, ct_params = jax.lax.fori_loop(0, steps.steps, body, (back, ct_params))
     first = LanePull(case, case.params, steps.at(0), steps.at(0))
     members, cts, ct_p = solver.finish_rewind(first, back)
-    ct_params = ct_params if ct_p is None else coupling.total((1.0, ct_params), (1.0, ct_p))
+    ct_params = trees.add(ct_params, ct_p)
 
     def start(params, y0):
-        one = lambda lane, t, y: solver.start(case.build(params, lane), t, y, params)
+        one = lambda lane, t, y: solver.initial_members(case.build(params, lane), t, y, params)
         return jax.vmap(one)(case.lanes, steps.t0[0], y0)
 
     _, transpose = jax.vjp(start, case.params, case.y0)
     ct_p, ct_y0 = transpose(cts)
-    return coupling.total((1.0, ct_params), (1.0, ct_p)), ct_y0, solver.split(members)[0]
-
-
-def pull_output(solver, case: Case, now: Grid, ct):
-    """Cotangents of (members before, members after, records) of an output inside a step.
-
-    The output is linear in them, so their values are not needed.
-    """
-
-    def output(x, t0, t1):
-        info = solver.dense_info(None, *x)
-        path = solver.interpolation_cls(t0=t0, t1=t1, **info)
-        return path.evaluate(t0 + INSIDE * (t1 - t0))
-
-    def shapes(lane, t0, t1, y0):
-        its_terms = case.build(case.params, lane)
-        members0 = solver.start(its_terms, t0, y0, case.params)
-        step = Step.over(its_terms, t0, t1, case.params)
-        members1, records = solver.advance(step, members0)
-        return members0, members1, records
-
-    like = jax.eval_shape(jax.vmap(shapes), case.lanes, now.t0, now.t1, case.y0)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    _, transpose = jax.vjp(lambda x: jax.vmap(output)(x, now.t0, now.t1), zeros)
-    return transpose(ct)[0]
+    return trees.add(ct_params, ct_p), ct_y0, solver.split(members)[0]
 
 
 def relative(a, b):
@@ -244,14 +209,14 @@ def sde() -> Case:
     return Case(build, params, lanes, repeated(jax.random.normal(keys[2], (3,))))
 
 
-def gradients(solver, case, steps, inside):
+def gradients(solver, case, steps):
     """(autodiff, rewound, the y0 that came back)."""
 
     def objective(params, y0):
-        return loss(solve(solver, case, steps, params, y0)[1], inside)
+        return loss(solve(solver, case, steps, params, y0)[1])
 
     expected = jax.jit(jax.grad(objective, argnums=(0, 1)))(case.params, case.y0)
-    *found, start = jax.jit(lambda: rewound_gradient(solver, case, steps, inside))()
+    *found, start = jax.jit(lambda: rewound_gradient(solver, case, steps))()
     return expected, tuple(found), start
 
 
@@ -264,9 +229,9 @@ ODE_SOLVERS = {
 
 
 @pytest.mark.parametrize("name", sweep(ODE_SOLVERS, "ALF", "EES27"))
-def test_gradient_of_1000_steps_with_outputs_inside_steps(name):
+def test_gradient_of_1000_steps(name):
     steps = grid(1000, PROBLEMS["network"].t1)
-    expected, found, start = gradients(ODE_SOLVERS[name], ode("network"), steps, inside=True)
+    expected, found, start = gradients(ODE_SOLVERS[name], ode("network"), steps)
     assert relative(found, expected) < 1e-12
     assert relative(start, ode("network").y0) < 1e-12
 
@@ -274,7 +239,7 @@ def test_gradient_of_1000_steps_with_outputs_inside_steps(name):
 @pytest.mark.parametrize("solver", [StormerVerlet(), Yoshida4()], ids=["Verlet", "Yoshida4"])
 def test_gradient_of_a_separable_system(solver):
     case = ode("driven pendulum")
-    expected, found, start = gradients(solver, case, grid(1000, 3.0), inside=False)
+    expected, found, start = gradients(solver, case, grid(1000, 3.0))
     assert relative(found, expected) < 1e-12
     assert relative(start, case.y0) < 1e-12
 
@@ -290,8 +255,7 @@ def test_gradient_of_a_separable_system(solver):
 def test_gradient_of_a_controlled_equation_reaches_the_control(solver):
     # Defects of EES27 shrink with the eighth power of the increment.
     steps = grid(400 if isinstance(solver, EES27) else 40, 1.0)
-    inside = isinstance(solver, ReversibleHeun)
-    expected, found, start = gradients(solver, cde(), steps, inside)
+    expected, found, start = gradients(solver, cde(), steps)
     assert relative(found, expected) < 1e-12
     assert relative(start, cde().y0) < 1e-12
 
@@ -304,7 +268,7 @@ def test_gradient_of_a_controlled_equation_reaches_the_control(solver):
     ],
 )
 def test_gradient_of_a_stochastic_equation(solver):
-    expected, found, start = gradients(solver, sde(), grid(40, 1.0), inside=False)
+    expected, found, start = gradients(solver, sde(), grid(40, 1.0))
     assert relative(found, expected) < 1e-12
     assert relative(start, sde().y0) < 1e-12
 
@@ -326,10 +290,10 @@ def test_gradient_across_a_jump_of_the_field():
         return jax.tree.map(lambda x: x + after * (1.0 + x**2), out)
 
     case = ode("network")._replace(build=lambda params, lane: diffrax.ODETerm(field))
-    expected, found, start = gradients(ReversibleHeun(), case, steps, inside=True)
+    expected, found, start = gradients(ReversibleHeun(), case, steps)
     assert relative(found, expected) < 1e-12
     assert relative(start, case.y0) < 1e-12
-    forgotten, _, _ = gradients(ReversibleHeun(), case, steps._replace(made_jump=False), True)
+    forgotten, _, _ = gradients(ReversibleHeun(), case, steps._replace(made_jump=False))
     assert relative(forgotten, expected) > 1e-3
 
 
@@ -338,11 +302,11 @@ def test_an_inverse_with_one_wrong_sign_is_noticed(solver, monkeypatch):
     right = Coupling.inverse
 
     def wrong(self, members, g):
-        return right(self, members, None if g is None else coupling.total((-1.0, g)))
+        return right(self, members, trees.scale(-1.0, g))
 
     monkeypatch.setattr(Coupling, "inverse", wrong)
     case = ode("network")
-    expected, found, start = gradients(solver, case, grid(20, 1.0), inside=False)
+    expected, found, start = gradients(solver, case, grid(20, 1.0))
     assert relative(found, expected) > 1e-4
     assert relative(start, case.y0) > 1e-4
 
@@ -373,7 +337,9 @@ def test_evaluations_of_one_rewound_step(solver, evaluations):
     def rewind(field):
         build = lambda params, lane: diffrax.ODETerm(field)
         case = Case(build, (), jnp.zeros(LANES), jnp.ones((LANES, 3)))
-        members = jax.vmap(lambda y: solver.start(diffrax.ODETerm(lambda *a: a[1]), 0.0, y, None))
+        members = jax.vmap(
+            lambda y: solver.initial_members(diffrax.ODETerm(lambda *a: a[1]), 0.0, y, None)
+        )
         members = members(case.y0)
         back = solver.start_rewind(members, members, (LANES,))
         steps = grid(2, 1.0)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nde.solvers.reversible.coupling import Step
+from nde.solvers.reversible.coupling import StepInput
 from nde.solvers.reversible.ees import EES25, EES27
 
 r = np.sqrt(2.0)
@@ -83,11 +83,11 @@ def test_order_of_the_reverse_defect(name, direction):
 
     @jax.jit
     def defect(h):
-        step = Step.over(diffrax.ODETerm(field), jnp.array(0.2), 0.2 + direction * h, None)
+        step = StepInput.over(diffrax.ODETerm(field), jnp.array(0.2), 0.2 + direction * h, None)
 
         def one(y0):
-            y1, _ = EES[name].advance(step, (y0,))
-            (back,), _ = EES[name].retreat(step, y1)
+            y1, _ = EES[name].forward(step, (y0,))
+            (back,), _ = EES[name].inverse(step, y1)
             return back - y0
 
         return jnp.linalg.norm(jax.vmap(one)(starts))
@@ -105,6 +105,6 @@ def test_the_same_step_for_a_controlled_equation():
     cde = diffrax.ControlTerm(halves, path)
     y0 = (jnp.array([0.4, 0.9]),)
     for solver in EES.values():
-        one, _ = solver.advance(Step.over(ode, 0.2, 0.3, None), y0)
-        two, _ = solver.advance(Step.over(cde, 0.2, 0.3, None), y0)
+        one, _ = solver.forward(StepInput.over(ode, 0.2, 0.3, None), y0)
+        two, _ = solver.forward(StepInput.over(cde, 0.2, 0.3, None), y0)
         np.testing.assert_allclose(one[0], two[0], rtol=1e-14)

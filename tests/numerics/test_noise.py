@@ -15,8 +15,8 @@ from nde.solvers import (
     DiscreteAdjoint,
     ReversibleAdjoint,
     ReversibleHeun,
-    noise,
 )
+from nde.solvers.adjoint import noise
 
 W = jnp.array([[0.4, 1.5], [-1.6, -0.3]])
 Y0 = jnp.array([0.3, -0.2])
