@@ -118,7 +118,7 @@ def _faults(start: Start, dt0: Array | None, terms: PyTree) -> list[_Fault]:
     """The first that holds is reported."""
     t0, t1, tnext = start.tprev, start.t1, start.tnext
     some = lambda test, tree: functools.reduce(jnp.logical_or, (jnp.any(test(x)) for x in tree))
-    infinite, too_small = diffrax.RESULTS.nonfinite, diffrax.RESULTS.dt_min_reached
+    infinite = diffrax.RESULTS.nonfinite
     return [
         _Fault(
             ~(jnp.isfinite(t0) & jnp.isfinite(t1)),
@@ -144,16 +144,10 @@ def _faults(start: Start, dt0: Array | None, terms: PyTree) -> list[_Fault]:
             "controller.",
         ),
         _Fault(
-            jnp.array(False) if dt0 is None else (dt0 == 0) & (t0 < t1),
-            too_small,
-            "`dt0` is zero: no step would ever be taken. Pass a positive number (negative if "
-            "`t1 < t0`), or `dt0=None` with an adaptive controller.",
-        ),
-        _Fault(
             (tnext <= t0) & (t0 < t1),
-            too_small,
-            "`dt0` is too small for the precision of the time: `t0 + dt0 == t0`. The smallest usable "
-            f"step is about eps * |t0|. {FINER_TIMES}",
+            diffrax.RESULTS.dt_min_reached,
+            "`dt0` is zero, or too small for the precision of the time: `t0 + dt0 == t0`. The smallest "
+            f"usable step is about eps * |t0|. {FINER_TIMES}",
         ),
         *(
             _Fault(
