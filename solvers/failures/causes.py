@@ -149,7 +149,7 @@ def _unstable(x: Failure) -> Found | None:
     problem, limit = x.problem, x.limit
     if problem.adapts or x.exhausted:
         return None
-    for growth, decay in (problem.rates(problem.t0, problem.y0), x.rates):
+    for growth, decay in (problem.rates(problem.t0, problem.y0), (x.growth, x.decay)):
         if decay * x.h > limit and decay > growth:
             reason = f"stiff, and unstable at steps of {x.h:.3g} (fastest mode ≈ {-decay:.2g})"
             advice = f"Use steps below {limit / decay:.2g}"

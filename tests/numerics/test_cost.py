@@ -16,6 +16,7 @@ from nde.solvers import (
     StormerVerlet,
     WithEstimates,
 )
+from nde.solvers.methods.declared import declared_by
 
 STORED, REVERSED = DiscreteAdjoint(), ReversibleAdjoint()
 CONSTANT, ADAPTIVE = dfx.ConstantStepSize(), dfx.PIDController(rtol=1e-3, atol=1e-5)
@@ -66,3 +67,26 @@ def test_nfe_counts_what_is_not_compiled_away(name):
     calls.clear()
     found, _ = jax.block_until_ready(run(y0))
     assert found == len(calls) > 0
+
+
+def test_every_solver_of_diffrax_is_known():
+    kinds = [x for x in vars(dfx).values() if isinstance(x, type)]
+    solvers = [x for x in kinds if issubclass(x, dfx.AbstractSolver)]
+    named = {x.__name__: x for x in solvers if not x.__name__.startswith("Abstract")}
+    assert len(named) > 30
+    for name, kind in named.items():
+        solver = kind(dfx.Heun()) if name == "HalfSolver" else kind()
+        declared = declared_by(solver)
+        assert declared is not None and declared.evaluations > 0, name
+        implicit = issubclass(kind, dfx.AbstractImplicitSolver)
+        assert np.isinf(declared.stability_limit) == implicit, name
+
+
+def test_a_step_of_ones_own_is_not_known():
+    class Halved(dfx.Heun):
+        def step(self, *args, **kwargs):
+            y1, *rest = super().step(*args, **kwargs)
+            return 0.5 * y1, *rest
+
+    assert declared_by(Halved()) is None and declared_by(dfx.HalfSolver(Halved())) is None
+    assert declared_by(WithEstimates(Halved())) is None
