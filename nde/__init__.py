@@ -16,6 +16,8 @@ from nde import paths as paths
 from nde import regularizers as regularizers
 from nde import solvers as solvers
 from nde import symbolic as symbolic
+from nde._saving import load as load
+from nde._saving import save as save
 from nde.cde import NeuralCDE as NeuralCDE
 from nde.cnf import CNF as CNF
 from nde.hybrid import HybridODE as HybridODE
@@ -53,10 +55,12 @@ __all__ = [
     "implicit",
     "inference",
     "least_squares",
+    "load",
     "losses",
     "paths",
     "plot",
     "regularizers",
+    "save",
     "solvers",
     "symbolic",
     "train",

@@ -23,8 +23,8 @@ __all__ = ["loss", "phase", "save", "trajectories"]
 
 
 def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
-    """The loss by step, on a logarithmic axis if it is positive, with its running median; skipped
-    steps are marked.
+    """The loss by step, on a logarithmic axis if it is positive, with its running median, and the
+    validation; skipped steps are marked. `loss(history).figure.savefig("loss.png")` is a file of it.
 
     Args:
         history: What `nde.fit` returned, of at least one step.
@@ -56,6 +56,10 @@ def loss(history: History, ax: Axes | None = None, **style: Any) -> Axes:
             label="skipped",
         )
     ax.set(xlabel="step", ylabel="loss")
+    values = history.columns.get("validation", np.full(rows.size, np.nan))
+    seen = np.isfinite(values)
+    if seen.any():
+        ax.plot(steps[seen], values[seen], ".-", color="tab:orange", label="validation")
     if not np.any(rows <= 0):
         ax.set(yscale="log")
     return ax

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Where each module of `nde` stands. It may import what stands lower, or beside it; models (1) do
 # not import each other: what two of them share moves down.
 FLOORS = {
-    **dict.fromkeys(["_inputs", "_times", "_model", "_solve", "_recurrence"], 0),
+    **dict.fromkeys(["_inputs", "_times", "_model", "_solve", "_recurrence", "_saving"], 0),
     **dict.fromkeys(["_initial_value", "_controlled", "fields", "paths"], 0),
     "cde": 1,
     "cnf": 1,

@@ -4,10 +4,16 @@ Step k of an epoch takes entries k * batch_size, ... of that epoch's permutation
 The last batch of an epoch is filled up with copies of valid examples, which its mask leaves out:
 every compiled shape is the same, and a copy is a real and cheap solve where a row of zeros or nan
 would be neither. The permutation depends on the key and the epoch alone.
+
+A source of batches has two halves. `payload` runs on the host and says what a step is handed; `rows`
+is a small frozen record that cuts the batch out of it inside the compiled step. Where a batch is cut
+into parts (over devices, or one after the other) it is filled up to a multiple of them.
 """
 
+import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from nde._training.history import NonFiniteError
 
@@ -31,6 +37,12 @@ class Batch(eqx.Module):
             `nde.losses.mse(..., mask=batch.mask)`. Without one every example counts.
         step: Number of the training step, from 0, shape (). For schedules inside the loss: a
             horizon, a weight.
+        keys: One random key per example, shape (batch,): what a loss that draws something for every
+            example should use, as they stay the same when the batch is divided over devices. `fit`
+            gives `jax.random.split(key, batch)`; `None` in a batch that is made by hand.
+        horizon: Of the `Stage`, shape (); `None` where no stage has one.
+        weights: Of the `Stage`, by name, each of shape ().
+        training: False in a validation.
 
     Raises:
         ValueError: if `data` is not a PyTree of arrays of one length, and no mask is given.
@@ -39,27 +51,88 @@ class Batch(eqx.Module):
     data: PyTree[Any]
     mask: Bool[Array, " batch"]
     step: Int[Array, ""]
+    keys: Key[Array, " batch"] | None
+    horizon: Float[Array, ""] | None
+    weights: Mapping[str, Float[Array, ""]]
+    training: bool = eqx.field(static=True)
 
     def __init__(
         self,
         data: PyTree[Any],
         mask: Bool[Array, " batch"] | None = None,
         step: Int[ArrayLike, ""] = 0,
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        horizon: Float[Array, ""] | None = None,
+        weights: Mapping[str, Float[Array, ""]] | None = None,
+        training: bool = True,
     ):
         self.data = data
         self.mask = jnp.ones(_check_examples(data), dtype=bool) if mask is None else mask
         self.step = jnp.asarray(step)
+        self.keys = keys
+        self.horizon = horizon
+        self.weights = dict(weights or {})
+        self.training = training
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """Cuts a batch out of all the data: `size` examples, `batch_size` at a time (None: all, in their
+    own order), filled up to `padded`."""
+
+    size: int
+    batch_size: int | None
+    padded: int
+    divided = False  # every device is handed all of it
+
+    def __call__(
+        self, payload: PyTree[Array], part: Any, parts: int
+    ) -> tuple[PyTree[Array], Array]:
+        """Data and mask of one of `parts` equal parts of the batch."""
+        if self.batch_size is None:
+            data, start, length = payload, 0, self.size
+            if parts == 1 and self.padded == self.size:
+                return data, jnp.ones(self.size, dtype=bool)
+        else:
+            data, order, position = payload
+            start, length = position * self.batch_size, self.batch_size
+        share = self.padded // parts
+        number = jnp.arange(share, dtype=jnp.int32) + jnp.int32(part * share)
+        mask = (number < length) & (start + number < self.size)
+        rows = number % self.size
+        if self.batch_size is not None:
+            rows = order[(start + number) % order.shape[0]]
+        return jax.tree.map(lambda leaf: leaf[rows], data), mask
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """A batch that comes as it is, with its mask: from an iterator."""
+
+    padded: int
+    divided = True  # every device is handed its part
+
+    def __call__(
+        self, payload: PyTree[Array], part: Any, parts: int
+    ) -> tuple[PyTree[Array], Array]:
+        """Data and mask, which are this part already."""
+        return payload
 
 
 class ArrayBatches:
     """Batches from arrays that are in memory.
 
-    `payload` runs on the host, `assemble` inside the compiled step.
+    Args:
+        data: Arrays with a leading example axis.
+        batch_size: Examples of a batch; None for all of them at every step.
+        key: Of the order.
+        parts: What the number of rows of a batch is a multiple of.
     """
 
     takes_gaps = False  # whether the loss was once finite on a batch that holds nan
 
-    def __init__(self, data: PyTree, batch_size: int | None, key: PRNGKeyArray):
+    def __init__(self, data: PyTree, batch_size: int | None, key: PRNGKeyArray, parts: int = 1):
         self.size = _check_examples(data)
         if batch_size is not None:
             batch_size, given = as_integer(batch_size), batch_size
@@ -72,47 +145,53 @@ class ArrayBatches:
         self.data = jax.tree.map(jnp.asarray, data)
         self.batch_size, self.key = batch_size, key
         self.batches = 1 if batch_size is None else -(-self.size // batch_size)
-        self._shuffle = jax.jit(self._order)
+        self._rows = ArrayRows(self.size, batch_size, _multiple(batch_size or self.size, parts))
         self._epoch, self._permutation = -1, None
+        self._place: Callable = lambda tree: tree
+
+    def move(self, place: Callable) -> None:
+        """Keep the arrays where `place` puts them."""
+        self.data, self._place = place(self.data), place
+        self._epoch = -1
+
+    def rows(self, step: int) -> ArrayRows:
+        """How the batch of `step` is cut out of its payload."""
+        return self._rows
 
     def payload(self, step: int) -> PyTree[Array]:
-        """The arrays that `assemble` makes the batch of `step` from."""
+        """The arrays that `rows` makes the batch of `step` from."""
         if self.batch_size is None:
             return self.data
         epoch, position = divmod(step, self.batches)
         if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, self._shuffle(np.int32(epoch))
+            self._epoch, self._permutation = epoch, self._place(self._order(epoch))
         return self.data, self._permutation, np.int32(position)
-
-    def assemble(self, payload: PyTree[Array]) -> tuple[PyTree[Array], Bool[Array, " batch"]]:
-        """Data and mask of one batch."""
-        if self.batch_size is None:
-            return payload, jnp.ones(self.size, dtype=bool)
-        data, order, position = payload
-        start = position * self.batch_size
-        rows = jax.lax.dynamic_slice(order, (start,), (self.batch_size,))
-        mask = start + jnp.arange(self.batch_size, dtype=start.dtype) < self.size
-        return jax.tree.map(lambda leaf: leaf[rows], data), mask
 
     def examples(self, step: int) -> list[int]:
         """Numbers of the examples in the batch of `step`, for a report."""
         if self.batch_size is None:
             return list(range(self.size))
         epoch, position = divmod(step, self.batches)
-        order = np.asarray(self._shuffle(np.int32(epoch)))[: self.size]
+        order = np.asarray(self._order(epoch))[: self.size]
         return order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
 
     def gaps_of(self, step: int) -> str:
         """Where the batch of `step` holds nan, for a report; empty where it does not."""
-        if not self.gaps or not any(
-            set(rows) & set(self.examples(step)) for rows in self.gaps.values()
-        ):
+        rows = {row for rows in self.gaps.values() for row in rows}
+        if not rows or rows.isdisjoint(self.examples(step)):
             return ""
         return _say_gaps(self.gaps, self.size)
 
-    def _order(self, epoch: Int[Array, ""]) -> Int[Array, " padded"]:
-        order = jax.random.permutation(jax.random.fold_in(self.key, epoch), self.size)
-        return jnp.resize(order, (self.batches * (self.batch_size or self.size),))
+    def _order(self, epoch: int) -> Int[Array, " padded"]:
+        return _shuffled(
+            self.key, np.int32(epoch), self.size, self.batches * (self.batch_size or self.size)
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _shuffled(key: PRNGKeyArray, epoch: Array, size: int, padded: int) -> Int[Array, " padded"]:
+    """The order of one epoch, begun again where it is filled up."""
+    return jnp.resize(jax.random.permutation(jax.random.fold_in(key, epoch), size), (padded,))
 
 
 class IteratorBatches:
@@ -120,23 +199,51 @@ class IteratorBatches:
 
     takes_gaps = False
 
-    def __init__(self, batches: Iterator):
-        self.iterator, self.size, self.arrays, self.taken = batches, None, None, 0
+    def __init__(self, batches: Iterator, parts: int = 1):
+        self.iterator, self.parts = batches, parts
+        self.size: int | None = None
+        self.arrays: Any = None
+        self.taken = 0
         self.gaps: dict[int, str] = {}  # of recent batches, by number
+        self._next: Any = None
+
+    def rows(self, step: int) -> GivenRows:
+        """How the batch of `step` is cut out of its payload."""
+        if self.size is None:  # its shape is that of the first batch
+            self._next = self._take(step)
+        return GivenRows(_multiple(self.size or 1, self.parts))
+
+    def move(self, place: Callable) -> None:
+        """Nothing to move: every batch comes from the host."""
+
+    def skip(self, batches: int) -> None:
+        """Go past what a run that is continued has seen already."""
+        for _ in range(batches):
+            self._next_batch()
+            self.taken += 1
 
     def payload(self, step: int) -> PyTree[Array]:
         """The next batch, filled up to the size of the first, and its mask."""
+        if self._next is not None:
+            taken, self._next = self._next, None
+            return taken
+        return self._take(step)
+
+    def _next_batch(self) -> PyTree:
         try:
-            data = next(self.iterator)
+            return next(self.iterator)
         except StopIteration:
             raise ValueError(
                 f"`data` is an iterator that ended after {self.taken} batches, before the last "
                 "step; lower `steps`, or let it start again (itertools.cycle). The model so far is "
                 "in `error.model`."
             ) from None
+
+    def _take(self, step: int) -> PyTree[Array]:
+        data = self._next_batch()
         length = _check_examples(data)
         # An array on a device is looked at once: the next batches should not wait for it.
-        looked_at = eqx.filter(data, lambda x: self.taken == 0 or isinstance(x, np.ndarray))
+        looked_at = eqx.filter(data, lambda x: self.size is None or isinstance(x, np.ndarray))
         gaps = _find_gaps(looked_at, f" of batch {self.taken}")
         if gaps:
             self.gaps[step] = _say_gaps(gaps, length)
@@ -147,21 +254,18 @@ class IteratorBatches:
                 f"`data` gave a batch of {length} examples after a first one of {self.size}; "
                 "no batch may be longer than the first."
             )
-        number = np.arange(self.size)
+        number = np.arange(_multiple(self.size, self.parts))
         # Indexed before jax sees them: jax reads NumPy memory later, and the iterator may refill it.
         data = jax.tree.map(lambda leaf: jnp.asarray(leaf[number % length]), data)
-        arrays = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", data)
+        arrays = jax.tree.map(lambda leaf: f"{leaf.dtype}{[self.size, *leaf.shape[1:]]}", data)
         self.arrays = arrays if self.arrays is None else self.arrays
         if jax.tree.flatten(arrays) != jax.tree.flatten(self.arrays):
             raise ValueError(
                 f"`data` gave a batch of {arrays} after a first one of {self.arrays}; every batch "
-                "has the same arrays. Pad series to one length: nde.paths.pad_series."
+                "has the same arrays. Pad series to one length: nde.paths.pad_series, or give them "
+                "as nde.train.Ragged."
             )
         return data, number < length
-
-    def assemble(self, payload: PyTree[Array]) -> tuple[PyTree[Array], Bool[Array, " batch"]]:
-        """Data and mask of one batch."""
-        return payload
 
     def examples(self, step: int) -> list[int]:
         """Unknown: the iterator does not number its examples."""
@@ -172,18 +276,9 @@ class IteratorBatches:
         return self.gaps.pop(step, "")
 
 
-def make_batches(
-    data: Any, batch_size: int | None, key: PRNGKeyArray
-) -> ArrayBatches | IteratorBatches:
-    """The source of batches for `data`, a PyTree of arrays or an iterator."""
-    if not isinstance(data, Iterator):
-        return ArrayBatches(data, batch_size, key)
-    if batch_size is not None:
-        raise ValueError(
-            f"`batch_size` is {batch_size} but `data` is an iterator, which makes its own batches; "
-            "pass None."
-        )
-    return IteratorBatches(data)
+def _multiple(rows: int, parts: int) -> int:
+    """`rows`, or as many more as make equal parts."""
+    return -(-rows // parts) * parts
 
 
 def as_integer(value: Any) -> int | None:

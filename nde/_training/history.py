@@ -1,6 +1,8 @@
 """What a training run reports: columns with one row per step, and the progress on the screen."""
 
+import csv
 import importlib.util
+import os
 import sys
 import time
 from typing import Any
@@ -53,6 +55,27 @@ class History:
         bad = self["skipped"][last].any() or (failed > MOST_FAILED).any()
         return np.inf if bad else float(self["loss"][last].mean())
 
+    @property
+    def best_step(self) -> int | None:
+        """The step whose model was the best validated one; `None` without a validation."""
+        values = self.columns.get("validation", np.zeros(0))
+        return int(np.nanargmin(values)) if np.isfinite(values).any() else None
+
+    @property
+    def score(self) -> float:
+        """What starts are compared by: the best validation, or `final_loss`."""
+        best = self.best_step
+        return self.final_loss if best is None else float(self["validation"][best])
+
+    def save_csv(self, path: str | os.PathLike) -> None:
+        """Write the columns to a file of comma-separated values, one row per step."""
+        names = ["step", *self.columns]
+        rows = zip(range(len(self)), *self.columns.values(), strict=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            writer.writerows([np.asarray(x).item() for x in row] for row in rows)
+
     def summary(self) -> str:
         """A table of the columns: first value, last value, smallest and largest."""
         lines = [
@@ -87,15 +110,39 @@ class Reports:
     """Collects what the compiled steps return, and waits for the device only in `fetch`."""
 
     def __init__(self, steps: int, progress: bool):
-        self.pending, self.records, self.times = [], [], []
+        self.pending: list[dict[str, Any]] = []
+        self.before: dict[str, np.ndarray] = {}  # the columns of a run that is continued
+        self.records: list[dict[str, np.ndarray]] = []  # since then
+        self.times: list[float] = []
         self.steps, self.progress, self.shown = steps, progress, None
         self.began = time.perf_counter()
 
+    @property
+    def first(self) -> int:
+        """The step of the first record."""
+        return len(self.before.get("loss", ()))
+
+    @property
+    def length(self) -> int:
+        """Number of steps that were reported."""
+        return self.first + len(self.records)
+
     def begin(self) -> None:
         """Start the clock, and the progress on the screen."""
-        self.began = time.perf_counter()
+        done = float(self.before["seconds"][-1]) if self.first else 0.0
+        self.began = time.perf_counter() - done
         if self.progress:
             self.shown = _progress(self.steps)
+            if self.first:
+                self.shown.update(self.first, {})
+
+    def restore(self, columns: dict[str, np.ndarray]) -> None:
+        """Go on where another run was interrupted."""
+        self.before = columns
+
+    def pause(self, seconds: float) -> None:
+        """Leave out of the clock what the last seconds were spent on."""
+        self.began += seconds
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep the record of one more step, on the device."""
@@ -103,14 +150,21 @@ class Reports:
 
     def fetch(self) -> list[tuple[int, dict[str, np.ndarray]]]:
         """Bring the pending records to the host: pairs of step and record."""
-        first, fetched = len(self.records), jax.device_get(self.pending)
+        first, fetched = self.length, jax.device_get(self.pending)
         self.pending = []
-        now, last = time.perf_counter() - self.began, self.times[-1] if self.times else 0.0
+        last = self.times[-1] if self.times else float(self.before.get("seconds", [0.0])[-1])
+        now = max(last, time.perf_counter() - self.began)
         self.times += np.linspace(last, now, len(fetched) + 1)[1:].tolist()
         self.records += [{k: v for k, v in row.items() if k not in HIDDEN} for row in fetched]
-        if self.shown is not None:
+        if self.shown is not None and fetched:
             self.shown.update(len(fetched), fetched[-1])
         return list(enumerate(fetched, start=first))
+
+    def drop_ended(self) -> None:
+        """Forget the steps that were handed out before it was known that training had ended."""
+        while self.records and np.all(self.records[-1]["ended"]):
+            self.records.pop()
+            self.times.pop()
 
     def close(self) -> None:
         """End the progress on the screen."""
@@ -118,10 +172,21 @@ class Reports:
             self.shown.close()
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Name to array, the first axis one row per step."""
-        names = list(self.records[0]) if self.records else []
-        columns = {name: np.stack([record[name] for record in self.records]) for name in names}
-        return columns | {"seconds": np.asarray(self.times)}
+        """Name to array, the first axis one row per step; nan where a step did not report it."""
+        names = dict.fromkeys([*self.before, *(name for row in self.records for name in row)])
+        names.pop("seconds", None)
+        columns = {}
+        for name in names:
+            shapes = [np.shape(row[name]) for row in self.records if name in row]
+            shape = shapes[0] if shapes else self.before[name].shape[1:]
+            gap = np.full(shape, np.nan)
+            rows = [row.get(name, gap) for row in self.records]
+            parts = (
+                [self.before.get(name, np.full((self.first, *shape), np.nan))] if self.first else []
+            )
+            columns[name] = np.concatenate([*parts, *([np.stack(rows)] if rows else [])])
+        seconds = np.concatenate([self.before.get("seconds", np.zeros(0)), np.asarray(self.times)])
+        return columns | {"seconds": seconds}
 
 
 def _numbers(record: dict[str, np.ndarray]) -> dict[str, str]:

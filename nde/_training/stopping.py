@@ -10,7 +10,9 @@ from jaxtyping import PyTree
 
 from nde._training.batching import ArrayBatches, IteratorBatches, some
 from nde._training.history import MOST_FAILED, NonFiniteError
-from nde._training.step import leaf_paths, reasons
+from nde._training.options import leaf_paths
+from nde._training.ragged import RaggedBatches
+from nde._training.step import reasons
 from nde.solvers import SolveError
 from nde.solvers.adjoint.traced import from_code
 from nde.solvers.inputs import run_time_message
@@ -20,17 +22,18 @@ def check_report(
     step: int,
     record: dict[str, np.ndarray],
     params: PyTree,
-    batches: ArrayBatches | IteratorBatches,
+    batches: ArrayBatches | IteratorBatches | RaggedBatches,
     max_skips: int,
+    first: bool,
 ) -> None:
-    """Raise if the record of a step says that no start can go on."""
+    """Raise if the record of a step says that no start can go on. `first`: of its turn."""
     examples = batches.examples
     _check_gaps(step, record, batches)
     _check_failed(step, record, examples)
     still = (record["gradient_norm"] == 0) & (record["loss"] != 0) & ~record["skipped"]
-    if step == 0 and np.all(still):
+    if first and np.all(still):
         raise ValueError(
-            "`loss` has a gradient of zero at step 0: it does not depend on what is trained, "
+            f"`loss` has a gradient of zero at step {step}: it does not depend on what is trained, "
             f"{leaf_paths(params)}."
         )
     skips = np.min(record["skips"])

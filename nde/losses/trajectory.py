@@ -24,6 +24,7 @@ def trajectory(
     horizon: Callable | None = None,
     regularizer: Callable | None = None,
     coefficient: float | Callable = 1.0,
+    dropout: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The loss of an ODE model that starts at the first observation and should meet the others.
 
@@ -45,18 +46,26 @@ def trajectory(
         error: `error(prediction, target, mask) -> scalar`, with arrays and a mask of shape
             (examples, times - 1, ...): `mse`, `log_mse`.
         horizon: `horizon(step) -> fraction` of the series to train on, see `growing_horizon`: any
-            optax schedule.
+            optax schedule. Without one it is that of the `nde.train.Stage`, if it has one.
         regularizer: One of `nde.regularizers`, to be added as its mean over the batch.
         coefficient: Of the regularizer: a number, or a function of the step such as
-            `nde.regularizers.exponential_decay(100.0, 10.0, 3000)`.
+            `nde.regularizers.exponential_decay(100.0, 10.0, 3000)`. It is multiplied by the weight
+            `"penalty"` of the `nde.train.Stage`, if it has one.
+        dropout: Share of the observation times to leave out at every step, drawn anew for every
+            example, in [0, 1).
+
+    In a validation (`batch.training` is False) the horizon is the whole series, and neither the
+    regularizer nor the dropout takes part.
 
     Returns:
         The loss, and as metrics the fraction of solves that `failed`, the `result` of each, the
         `penalty` of a regularizer and, where the adjoint counts them, `nfe`: the mean number of
-        vector-field evaluations.
+        vector-field evaluations. The `weight`, the number of values that the loss is a mean of, is
+        for a batch that is divided.
 
     Raises:
-        ValueError: for other data, and for a `horizon` that is not a function.
+        ValueError: for other data, for a `horizon` that is not a function, and for a `dropout` that
+            is not in [0, 1).
         RuntimeError: for an example whose first row is masked.
     """
     if not hasattr(batch, "data"):
@@ -67,7 +76,20 @@ def trajectory(
     ts, ys, observed = series(batch.data)
     if horizon is not None:
         check_callable("horizon", horizon, "(step)")
-        ts, seen = jax.vmap(growing_horizon, in_axes=(0, None))(ts, horizon(batch.step))
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` is {dropout}; it is a share of the times, in [0, 1).")
+    fraction, keys = batch.horizon, batch.keys
+    if horizon is not None:
+        fraction = horizon(batch.step)
+    if keys is None:
+        keys = jax.random.split(key, ts.shape[0])
+    if not batch.training:
+        fraction, regularizer, dropout = None, None, 0.0
+    if dropout:
+        drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), ts.shape[1:]))
+        observed = observed & broadcast_mask(drawn(keys) >= dropout, observed)
+    if fraction is not None:
+        ts, seen = jax.vmap(growing_horizon, in_axes=(0, None))(ts, fraction)
         observed = observed & broadcast_mask(seen, observed)
 
     def solve(ts, y0, key):
@@ -77,7 +99,6 @@ def trajectory(
             solution, penalty = regularizer(model, ts, y0, key=key)
         return solution.ys, solution.result, solution.stats, penalty
 
-    keys = jax.random.split(key, ts.shape[0])
     predicted, results, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys)
     failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed
@@ -86,9 +107,11 @@ def trajectory(
         metrics["nfe"] = _mean(stats["nfe"], batch.mask)
     mask = observed & broadcast_mask(counts, observed)
     loss = error(predicted[:, 1:], ys[:, 1:], mask[:, 1:])
+    metrics["weight"] = jnp.sum(mask[:, 1:], dtype=float)
     if regularizer is not None:
         metrics["penalty"] = _mean(penalties, counts)
         weight = coefficient(batch.step) if callable(coefficient) else coefficient
+        weight = weight * batch.weights.get("penalty", 1.0)
         loss = loss + weight * metrics["penalty"]
     return loss, metrics
 

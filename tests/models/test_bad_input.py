@@ -313,7 +313,6 @@ FITS = [
     ),
     (58, ValueError, {"frozen": lambda m: None}, ["`frozen` gave None", "nodes"]),
     (58, ValueError, {"frozen": lambda m: (m, m["w"])}, ["({'w': f64[3]}, f64[3])", "nodes"]),
-    (59, ValueError, {"optim": optax.lbfgs()}, ["`optim`", "value_fn", "optax.adam(1e-3)"]),
     (59, ValueError, {"optim": optax.adam}, ["`optim`", "optax.adam(1e-3)"]),
     (59, ValueError, {"optim": 1e-3}, ["`optim` is 0.001", "optax.adam(1e-3)"]),
     (59, ValueError, {"optim": optax.constant_schedule(1.0)}, ["`optim`", "optax.adam(1e-3)"]),

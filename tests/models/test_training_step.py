@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nde._training.batching import make_batches
+from nde._training.batching import IteratorBatches
 from nde._training.history import Reports
 from nde._training.step import gradient_norm
-
-KEY = jax.random.key(0)
 
 
 def test_an_iterator_may_refill_one_array():
@@ -24,7 +22,7 @@ def test_an_iterator_may_refill_one_array():
             buffer[:] = number
             yield (buffer,)
 
-    batches = make_batches(refilled(), None, KEY)
+    batches = IteratorBatches(refilled())
     taken = []
     for _ in range(8):
         working = busy(start)
