@@ -62,6 +62,7 @@ __all__ = [
     "multi_start",
 ]
 
+
 def fit(
     model: PyTree,
     loss: Callable | Sequence[Turn],

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 MOST_FAILED = 0.1  # of the solves of a batch
-HIDDEN = ("reason", "skips", "result")  # looked at once, and not kept
+HIDDEN = ("reason", "skips", "result", "alarm")  # looked at once, and not kept
 
 
 class History:

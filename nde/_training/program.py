@@ -47,11 +47,14 @@ class Programs:
 
     def _get(self, name: Any, make: Callable, rows: Any) -> Callable:
         if name not in self.found:
-            self.found[name] = jax.jit(_lifted(make(), self.problem, rows))
+            alarmed = self.problem.alarmed and name[0] != "validation"
+            self.found[name] = jax.jit(_lifted(make(), self.problem, rows, alarmed))
         return self.found[name]
 
 
-def _lifted(function: Callable, problem: Problem, rows: ArrayRows | GivenRows) -> Callable:
+def _lifted(
+    function: Callable, problem: Problem, rows: ArrayRows | GivenRows, alarmed: bool
+) -> Callable:
     """`function` of all starts, on every device of the mesh."""
     if problem.starts:
         function = jax.vmap(function, in_axes=(0, 0, None, None, None, None))
@@ -60,6 +63,8 @@ def _lifted(function: Callable, problem: Problem, rows: ArrayRows | GivenRows) -
     everywhere, divided = PartitionSpec(), PartitionSpec(problem.mesh.axis_names)
     models = divided if problem.starts else everywhere
     payload = divided if rows.divided and not problem.starts else everywhere
+    if alarmed:
+        payload = (payload, divided)
     return jax.shard_map(
         function,
         mesh=problem.mesh,

@@ -6,7 +6,7 @@ history so far.
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,6 +107,8 @@ class _Run:
         state = jax.vmap(make)(parts.params) if starts else make(parts.params)
         self.state: State = state
         self.good, self.begin = state, 0
+        self.alarm: Exception | None = None  # what ends this process at the next report
+        self.last_payload: PyTree = None
 
     def whole(self) -> Trained:
         """All steps, from the first or from the checkpoint."""
@@ -125,12 +127,16 @@ class _Run:
                     self._step(index)
                     if self.stopped:
                         break
+            if self.alarm is not None:
+                raise self.alarm
         except (Exception, KeyboardInterrupt) as error:
             self._raise(error)
         finally:
             self.reports.close()
-        columns = self.reports.columns()
-        return Trained(_chosen(self.state), columns, self.compile_seconds)
+        params = _chosen(self.state)
+        if job.mesh is not None:  # a model is used on one device, where nothing else is said
+            params = jax.tree.map(_on_host, params)
+        return Trained(params, self.reports.columns(), self.compile_seconds)
 
     def _move_data(self) -> None:
         """Put what every step is handed on the devices of the mesh, once."""
@@ -146,7 +152,7 @@ class _Run:
     def _step(self, index: int) -> None:
         job, turn = self.job, self.order[index % len(self.order)]
         rows = job.batches.rows(index)
-        payload = self._divided(job.batches.payload(index), rows)
+        payload = self._payload(index, rows)
         setting = self.settings.at(index)
         self.state, record = self._call(
             (turn, rows),
@@ -206,11 +212,16 @@ class _Run:
                 break
             mask = self.parts.turn_masks[self.order[index % len(self.order)]]
             params = eqx.filter(self.parts.params, mask)
+            if record.get("alarm", 0) > 0:
+                raise self.alarm or RuntimeError(
+                    "Another process ended the training of all; its own error says why."
+                )
             check_report(index, record, params, job.batches, limit, index in self.first_steps)
             numbers = None
             for callback in job.callbacks:
                 numbers = _plain_numbers(index, record) if numbers is None else numbers
-                wanted |= bool(callback(dict(numbers)))
+                with self._postponed():
+                    wanted |= bool(callback(dict(numbers)))
         self.stopped |= wanted or bool(
             self.problem.patience and np.all(np.asarray(self.state.ended))
         )
@@ -233,21 +244,53 @@ class _Run:
 
     def _save(self) -> None:
         state = jax.tree.map(_on_host, self.state)
-        self.job.checkpoint.write(state, self.reports.columns(), self.reports.length)
+        with self._postponed():
+            self.job.checkpoint.write(state, self.reports.columns(), self.reports.length)
 
     def _raise(self, error: BaseException) -> None:
         """Raise what ended the run, with the model and the history so far."""
         meant = plain(error)
+        if self.job.mesh is not None and "Closure-converted function" in str(error):
+            meant = ValueError(
+                "`mesh` was given, and the loss solves with an adjoint that cannot be divided over "
+                "devices, such as diffrax.RecursiveCheckpointAdjoint(); use that of the models, "
+                "nde.solvers.DiscreteAdjoint()."
+            )
         with contextlib.suppress(Exception):  # where a step itself broke, there is nothing to fetch
             self.reports.fetch()
             self.good = self.state
         params = self.good.params if self.good.average is None else self.good.average
+        if self.job.mesh is not None:
+            params = jax.tree.map(_on_host, params)
         model = eqx.combine(params, self.parts.fixed, self.parts.static)
         history = History(self.reports.columns(), self.compile_seconds)
         vars(meant).update(model=model, history=history)
         if meant is error:
             raise error
         raise meant from None
+
+    def _payload(self, index: int, rows: Any) -> PyTree:
+        """What a step is handed; if this process cannot go on, what the last one was, and an alarm."""
+        if not self.problem.alarmed:
+            return self._divided(self.job.batches.payload(index), rows)
+        with self._postponed():
+            self.last_payload = self.job.batches.payload(index)
+        if self.last_payload is None:  # there never was a batch to go on with
+            raise self.alarm or ValueError("`data` gave nothing.")
+        alarm = np.full(self.problem.devices, float(self.alarm is not None))
+        divided = PartitionSpec(self.job.mesh.axis_names)
+        return self._divided(self.last_payload, rows), self._place(alarm, divided)
+
+    @contextlib.contextmanager
+    def _postponed(self) -> Iterator[None]:
+        """Where several processes train together, one that fails goes along until the next report:
+        all others would wait for it. The report then ends all."""
+        try:
+            yield
+        except Exception as error:
+            if not self.problem.alarmed:
+                raise
+            self.alarm = self.alarm or error
 
     def _divided(self, payload: PyTree, rows: Any) -> PyTree:
         """A batch from the host, every part on its device."""

@@ -28,7 +28,7 @@ from nde.solvers.adjoint.traced import code
 
 COLUMNS = (
     *("loss", "gradient_norm", "skipped", "reason", "skips", "seconds"),
-    *("turn", "stage", "validation", "ended"),
+    *("turn", "stage", "validation", "ended", "alarm"),
 )
 
 
@@ -56,6 +56,11 @@ class Problem:
     def axes(self) -> tuple[str, ...]:
         """The axes of the mesh that a batch is divided over."""
         return () if self.mesh is None or self.starts else tuple(self.mesh.axis_names)
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether a step is also told if a process is about to end: there is more than one."""
+        return bool(self.axes) and jax.process_count() > 1
 
     @property
     def devices(self) -> int:
@@ -112,7 +117,9 @@ def make_step(problem: Problem, number: int, rows: ArrayRows | GivenRows) -> Cal
     turn, mask = problem.turns[number], problem.masks[number]
 
     def step(state: State, fixed, payload, index, key, setting):
-        key = jax.random.fold_in(key, index)
+        key, alarm = jax.random.fold_in(key, index), None
+        if problem.alarmed:
+            payload, alarm = payload
         batch = _assemble(problem, rows, payload, index, key, setting)
         mine, held = eqx.partition(state.params, mask)
 
@@ -120,13 +127,11 @@ def make_step(problem: Problem, number: int, rows: ArrayRows | GivenRows) -> Cal
             model = eqx.combine(mine, held, fixed, problem.static)
             return _checked_loss(turn.loss(model, part, part_key), part.mask)
 
-        def evaluate(mine):
-            return _whole(problem, objective, problem.accumulate)(mine, batch, key)[0]
-
         differentiate = jax.value_and_grad(objective, has_aux=True)
-        value, grads, metrics = _whole(problem, differentiate, problem.accumulate, True)(
-            mine, batch, key
-        )
+        of_batch = _whole(problem, differentiate, problem.accumulate, True)
+        value, grads, metrics = of_batch(mine, batch, key, alarm)
+        alarm = metrics.pop("alarm", jnp.zeros(()))
+        evaluate = _searched(lambda mine: of_batch(mine, batch, key)[:2])
         trains = eqx.filter(setting["trains"], mask) if "trains" in setting else None
         grads = _kept(trains, grads)
 
@@ -142,7 +147,7 @@ def make_step(problem: Problem, number: int, rows: ArrayRows | GivenRows) -> Cal
         new, opt_state, norm = _leniently(update, grads, value)
         new = _kept(trains, _projected(problem, new, held, fixed, mask), mine)
 
-        stopped = (state.skips >= problem.max_skips) | state.ended
+        stopped = (state.skips >= problem.max_skips) | state.ended | (alarm > 0)
         found = _first_not_finite(value, grads, new)
         ok = (found == 0) & ~stopped
         choose = lambda new, old: jnp.where(ok, _cast(new, old.dtype), old)
@@ -153,6 +158,8 @@ def make_step(problem: Problem, number: int, rows: ArrayRows | GivenRows) -> Cal
         reason = jnp.where(stopped, state.reason, found)
         record = {"loss": value, "gradient_norm": norm, "skipped": ~ok, "reason": reason}
         record |= {"skips": skips, "ended": state.ended}
+        if problem.alarmed:
+            record["alarm"] = alarm
         after = state._replace(
             params=eqx.combine(new, held),
             opt_states=tuple(opt_states),
@@ -162,6 +169,20 @@ def make_step(problem: Problem, number: int, rows: ArrayRows | GivenRows) -> Cal
         return _averaged(problem, number, after, new, ok, index), record | metrics
 
     return step
+
+
+def _searched(value_and_grad: Callable) -> Callable:
+    """The loss along a line, with the gradient of the whole batch wherever that is divided."""
+
+    @jax.custom_vjp
+    def value(mine):
+        return value_and_grad(mine)[0]
+
+    def pull(grads, cotangent):
+        return (jax.tree.map(lambda g: cotangent.astype(g.dtype) * g, grads),)
+
+    value.defvjp(value_and_grad, pull)
+    return value
 
 
 def make_validation(problem: Problem, rows: ArrayRows) -> Callable:
@@ -223,7 +244,7 @@ def _whole(problem: Problem, function: Callable, count: int, grad: bool = False)
     axes = problem.axes
     unpack = lambda out: (out[0][0], out[1], out[0][1]) if grad else (out[0], (), out[1])
 
-    def undivided(params, batch, key):
+    def undivided(params, batch, key, alarm=None):
         value, grads, extra = unpack(function(params, batch, key))
         metrics = extra.metrics
         if extra.codes is not None:
@@ -240,17 +261,19 @@ def _whole(problem: Problem, function: Callable, count: int, grad: bool = False)
         weighted = jax.tree.map(scaled(weight), (value, grads))
         return (weighted, weight, metrics, valid), extra.codes
 
-    def divided(params, batch, key):
+    def divided(params, batch, key, alarm=None):
         if count == 1:
             total, codes = sums(params, batch, key)
         else:
             total, codes = _scanned(sums, params, batch, key, count)
         if axes:
-            total, codes = _all_reduced(total, codes, axes, problem.devices)
+            (total, alarm), codes = _all_reduced((total, alarm), codes, axes, problem.devices)
         (value, grads), weight, metrics, valid = total
         mean = lambda w: lambda x: x / w.astype(x.dtype)
         value, grads = jax.tree.map(mean(weight), (value, grads))
         metrics = jax.tree.map(mean(valid), metrics)
+        if alarm is not None:
+            metrics = metrics | {"alarm": alarm[0]}
         if codes is not None:
             metrics = metrics | {"result": codes}
         return (value, grads, metrics) if grad else (value, metrics)
