@@ -30,7 +30,7 @@ FLOORS = {
     "symbolic": 1,
     **dict.fromkeys(["losses", "regularizers", "evaluate"], 2),
     **dict.fromkeys(["_training", "train", "inference"], 3),
-    **dict.fromkeys(["plot", "__init__"], 4),
+    **dict.fromkeys(["plot", "doctor", "__init__"], 4),
 }
 MODELS = 1
 # The rooms of `nde.solvers`, and its single files: the same rule.

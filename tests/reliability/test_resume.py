@@ -95,17 +95,17 @@ def killed(path, kills, seed):
         time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    return start(path, 0.0).communicate(timeout=200)[0].split("\n")[1]
+    return start(path, 0.0).communicate(timeout=600)[0].split("\n")[1]
 
 
 def test_a_killed_process_goes_on(tmp_path):
-    expected = start(tmp_path / "whole", 0.0).communicate(timeout=200)[0].split("\n")[1]
+    expected = start(tmp_path / "whole", 0.0).communicate(timeout=600)[0].split("\n")[1]
     assert killed(tmp_path / "run", 1, seed=0) == expected
 
 
 @pytest.mark.slow
 def test_fifty_kills(tmp_path):
-    expected = start(tmp_path / "whole", 0.0).communicate(timeout=200)[0].split("\n")[1]
+    expected = start(tmp_path / "whole", 0.0).communicate(timeout=600)[0].split("\n")[1]
     found = [killed(tmp_path / f"run{i}", 5, seed=i) for i in range(10)]
     assert found == [expected] * 10
 
