@@ -280,8 +280,9 @@ class Writer:
         where = "scalar" if isinstance(x, np.generic) else where
         node = {"is": "array", "path": path, "of": where, "shape": list(np.shape(x))}
         if where == "jax" and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            node |= {"of": "key", "impl": str(jax.random.key_impl(x))}
-            x = jax.random.key_data(x)
+            key: Any = x
+            node |= {"of": "key", "impl": str(jax.random.key_impl(key))}
+            x = jax.random.key_data(key)
         values = np.ascontiguousarray(np.asarray(x))
         if values.dtype == object:
             raise ValueError(f"`{path}` is an array of objects; only numbers are saved.")
@@ -387,8 +388,9 @@ def _made(kind: type, fields: dict[str, Any]) -> Any:
 
 def _fields(x: Any) -> dict[str, Any] | None:
     """The fields of a record, by name."""
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return dict(zip(x._fields, x, strict=True))
+    names = getattr(x, "_fields", None)
+    if isinstance(x, tuple) and names is not None:
+        return dict(zip(names, x, strict=True))
     if dataclasses.is_dataclass(x):
         return {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if hasattr(x, f.name)}
     return None

@@ -228,7 +228,8 @@ class CNF(AbstractODE):
         """
         check_key(key)
         z = self.base.sample(key)
-        return self.solve(jnp.arange(2, dtype=z.dtype), z, args).ys[-1]
+        points: Any = self.solve(jnp.arange(2, dtype=z.dtype), z, args).ys
+        return points[-1]
 
     def log_prob(
         self, x: Point, args: PyTree[Any] = None, *, key: PRNGKeyArray | None = None
@@ -275,7 +276,8 @@ class CNF(AbstractODE):
             solution = density.solve(ts, x, args, throw=throw)
         else:
             solution, penalty = regularizer(density, ts, x, args, key=penalty_key)
-        points, gained = solution.ys
+        saved: Any = solution.ys
+        points, gained = saved
         value = self.base.log_prob(points[-1]) + gained[-1]
         return LogDensity(value, points[-1], penalty, solution)
 
@@ -302,7 +304,8 @@ def straightness(
     def of_one(key):
         z = cnf.base.sample(key)
         speed = _Speed(cnf.vector_field)
-        xs, energy = cnf.solve(jnp.arange(2, dtype=z.dtype), z, args, integrand=speed).ys
+        saved: Any = cnf.solve(jnp.arange(2, dtype=z.dtype), z, args, integrand=speed).ys
+        xs, energy = saved
         return energy[-1], jnp.sum((xs[-1] - xs[0]) ** 2)
 
     energy, squared = (jnp.mean(x) for x in jax.vmap(of_one)(keys))
@@ -387,7 +390,7 @@ class _Speed(eqx.Module):
         return jnp.sum(self.vector_field(t, x, args) ** 2)
 
 
-def _signs(key: PRNGKeyArray | None, count: int, x: Point) -> Float[Array, "count size"]:
+def _signs(key: Any, count: int, x: Point) -> Float[Array, "count size"]:
     check_key(key)
     return jax.random.rademacher(key, (count, x.size), x.dtype)
 

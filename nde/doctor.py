@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import diffrax
 import jax
@@ -63,9 +64,10 @@ def _devices() -> Iterator[str]:
 
 def _precision() -> Iterator[str]:
     """Settings, and what a product of matrices really keeps."""
-    x64 = jax.config.jax_enable_x64
+    config: Any = jax.config  # a type checker does not see what jax adds to it
+    x64 = config.jax_enable_x64
     yield f"float64 is {'allowed' if x64 else 'off'} (jax_enable_x64), tolerances below 1e-6 need it"
-    yield f"jax_default_matmul_precision is {jax.config.jax_default_matmul_precision}"
+    yield f"jax_default_matmul_precision is {config.jax_default_matmul_precision}"
     a = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
     exact = a[0].astype(float) @ a[1].astype(float)
     error = np.abs(np.asarray(jnp.asarray(a[0]) @ jnp.asarray(a[1])) - exact).max()
@@ -76,9 +78,9 @@ def _precision() -> Iterator[str]:
         )
     else:
         yield f"products of float32 matrices err by {error:.0e}"
-    if jax.config.jax_debug_nans:
+    if config.jax_debug_nans:
         yield "HURTS   jax_debug_nans is on: a rejected step of an adaptive solve may hold nan"
-    if jax.config.jax_disable_jit:
+    if config.jax_disable_jit:
         yield "HURTS   jax_disable_jit is on: a solve takes minutes"
 
 

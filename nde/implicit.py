@@ -23,6 +23,7 @@ Reference:  Deep Equilibrium Models (2019) | arXiv:1909.01377
 A loose tolerance of the solve biases the gradient by as much.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -313,7 +314,7 @@ def quadratic_program(
         On the Differentiability of the Primal-Dual Interior-Point Method (2024) | arXiv:2406.11749
     """
     try:
-        import qpax
+        qpax: Any = importlib.import_module("qpax")
     except ImportError as error:
         raise ImportError("`quadratic_program` needs qpax: python -m pip install qpax.") from error
     problem = (Q, q, A, b, G, h)
@@ -368,9 +369,9 @@ def _refined(gradient: Gradient, function: Callable, value: PyTree, args: PyTree
     """The value again, with the gradient that was asked for."""
     if isinstance(gradient, Implicit):
         return value
-    steps, damping = (
-        (1, 1.0) if isinstance(gradient, JacobianFree) else (gradient.steps, gradient.damping)
-    )
+    steps, damping = 1, 1.0
+    if isinstance(gradient, Phantom):
+        steps, damping = gradient.steps, gradient.damping
 
     def step(z, _):
         mix = lambda old, new: (1 - damping) * old + damping * new

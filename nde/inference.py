@@ -39,8 +39,8 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from nde._inputs import check_callable
 from nde._model import AbstractModel
+from nde._training.parameters import split
 from nde.losses.trajectory import series
-from nde.train import split
 
 __all__ = ["Estimate", "least_squares", "profile", "relative_offset", "trajectory_residuals"]
 

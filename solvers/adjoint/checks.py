@@ -97,8 +97,8 @@ def check_fields(
 def _check_products(term: diffrax.ControlTerm, t0, t1, moved, by, args) -> None:
     """The products of a vector field, or of a diffusion, with the increment of its control."""
     control: Any = term.control
-    is_noise = isinstance(control, diffrax.AbstractBrownianPath)
-    increment = control.shape if is_noise else eqx.filter_eval_shape(term.contr, t0, t1)
+    is_noise = isinstance(term.control, diffrax.AbstractBrownianPath)
+    increment: Any = control.shape if is_noise else eqx.filter_eval_shape(term.contr, t0, t1)
     field = eqx.filter_eval_shape(term.vf, t0, by, args)
     with jax.numpy_dtype_promotion("standard"):
         products = eqx.filter_eval_shape(term.prod, field, increment)

@@ -35,8 +35,8 @@ def check(options: Options) -> None:
             "array, or as a pytree of arrays."
         )
     check_tolerances(options["stepsize_controller"], y0)
-    names = ("solver", "terms", "t0", "t1")
-    checks.check_fields(*(options[x] for x in names), y0, options["args"])
+    solver, terms, args = options["solver"], options["terms"], options["args"]
+    checks.check_fields(solver, terms, options["t0"], options["t1"], y0, args)
     checks.check_noise(options["terms"], options["stepsize_controller"])
 
 

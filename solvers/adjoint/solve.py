@@ -37,7 +37,7 @@ class AbstractSolve(abc.ABC):
         self.consts, self.args = len(traced.pool.consts), jax.tree.structure(start)
         lanes = Lanes((), ((),) * self.consts)
 
-        def begun(consts: list[Array], start: Start) -> tuple[ForwardCarry, Trail]:
+        def begun(consts: list[Array], start: Start) -> tuple[ForwardCarry, Trail | None]:
             start = jax.tree.map(lambda x: jnp.asarray(x)[None], start)
             return self._solved(lanes, consts, start, True, initial_carry)
 

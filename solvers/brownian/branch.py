@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from nde.solvers import trees
 from nde.solvers.brownian import bridge, threefry
@@ -52,7 +52,7 @@ class Halves(NamedTuple):
         """One of the two."""
         return trees.where(right, self.right, self.left)
 
-    def row(self, level: Int[Array, ""]) -> "Halves":
+    def row(self, level: ArrayLike) -> "Halves":
         """Those of one level."""
         return jax.tree.map(lambda x: x[level], self)
 

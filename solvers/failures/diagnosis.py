@@ -171,7 +171,7 @@ def _judged(problem: Problem, end: End) -> Found:
 
 
 def _shorter(
-    problem: Problem, seen: str, advice: str, found: Found | None = None, before: End | None = None
+    problem: Problem, seen: str, advice: str, found: Any = None, before: End | None = None
 ) -> Found:
     """The cause with shorter steps; `found` if they do not lead further than `before`."""
     end = problem.run()

@@ -62,7 +62,7 @@ class Problem:
         return bool(known_tolerances(self.controller))
 
     @property
-    def dtmin(self) -> Array | None:
+    def dtmin(self) -> Any:
         """The smallest step of the controller, if it has one."""
         found = [
             x.dtmin for x in _adaptive(self.controller) if isinstance(x, diffrax.PIDController)

@@ -9,7 +9,7 @@ assumed: its solves have no `nfe`, and a Brownian path does not remember where i
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -62,7 +62,8 @@ def declared_by(solver: diffrax.AbstractSolver) -> Declared | None:
     """What a solver declares; None for one that is not known."""
     kind = type(solver)  # a wrapper is also an instance, as diffrax sees it, of what it wraps
     if issubclass(kind, AbstractDeclaring):
-        return solver.declared
+        ours: Any = solver
+        return ours.declared
     for known, declare in _DIFFRAX.items():
         if (
             issubclass(kind, known) and kind.step is known.step
@@ -110,10 +111,11 @@ def _half_steps(solver: diffrax.HalfSolver) -> Declared | None:
     )
 
 
-def _always(*counts: int, **known: float | bool) -> Callable[[diffrax.AbstractSolver], Declared]:
-    """The same for every solver of a class: (in every attempt, at the start, after a jump)."""
-    step, *rest = counts
-    declared = Declared(step, step, *rest, **known)
+def _always(
+    step: int, at_start: int = 0, after_jump: int = 0, **known: Any
+) -> Callable[[diffrax.AbstractSolver], Declared]:
+    """The same for every solver of a class."""
+    declared = Declared(step, step, at_start, after_jump, **known)
     return lambda solver: declared
 
 
