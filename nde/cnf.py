@@ -363,9 +363,9 @@ class _Density(eqx.Module):
         """As `CNF.solve`; `.ys` is (points, divergences), or that and the integral."""
         both = _Divergence(self.model.vector_field, self.model.trace, self.noise, integrand)
         solution: Any = self.model.solve(ts, y0, args, integrand=both, throw=throw)
-        points, (divergences, penalty) = solution.ys
+        points, (divergences, *penalty) = solution.ys
         ys = (points, divergences)
-        return eqx.tree_at(lambda s: s.ys, solution, ys if integrand is None else (ys, penalty))
+        return eqx.tree_at(lambda s: s.ys, solution, (ys, *penalty) if penalty else ys)
 
 
 class _Divergence(eqx.Module):
@@ -376,11 +376,12 @@ class _Divergence(eqx.Module):
     noise: PyTree[Array]
     other: Callable | None
 
-    def __call__(self, t: Array, x: Point, args: PyTree[Any]) -> tuple[Array, PyTree[Array]]:
+    def __call__(self, t: Array, x: Point, args: PyTree[Any]) -> tuple[PyTree[Array], ...]:
         field = lambda x: Rates(self.vector_field)(t, x, args)
         product = lambda v: jax.jvp(field, (x,), (v,))[1]
         divergence = self.trace(jax.vmap(product), self.noise)
-        return divergence, () if self.other is None else self.other(t, x, args)
+        # The loops of diffrax's own adjoints take no empty tuple.
+        return (divergence,) if self.other is None else (divergence, self.other(t, x, args))
 
 
 class _Speed(eqx.Module):

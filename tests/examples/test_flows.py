@@ -18,16 +18,24 @@ def load(name):
     return module
 
 
-def test_a_trial_run_of_the_moons(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ("independent", "optimal"),
+        pytest.param(("likelihood",), marks=pytest.mark.slow),
+    ],
+)
+def test_a_trial_run_of_the_moons(methods, tmp_path, monkeypatch, capsys):
     example = load("flow_moons")
     monkeypatch.chdir(tmp_path)
-    results = example.main(plot=False, steps=30, points=64)
-    assert list(results) == ["likelihood", "independent", "optimal"]
+    monkeypatch.setattr(example, "WIDTH", 16)
+    results = example.main(plot=False, methods=methods, steps=30, points=64)
+    assert tuple(results) == methods
     assert not list(tmp_path.iterdir())
     text = capsys.readouterr().out
     for row in results.values():
         assert f"{row['excess']:.3f}" in text and 0 < row["excess"] < 3 and row["nfe"] > 6
-    assert "memory of a gradient" in text
+    assert ("memory of a gradient" in text) == ("likelihood" in methods)
 
 
 def test_the_density_of_the_moons_is_that_of_their_points():

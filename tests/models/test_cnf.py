@@ -25,7 +25,7 @@ from nde.cnf import (
     straightness,
 )
 from nde.losses import flow_likelihood
-from nde.solvers import DiscreteAdjoint, Reversible, ReversibleAdjoint
+from nde.solvers import Reversible, ReversibleAdjoint
 from nde.train import Batch
 
 KEY = jax.random.key(3)
@@ -64,7 +64,8 @@ def test_a_density_integrates_to_one():
     grid = jnp.stack(jnp.meshgrid(line, line), axis=-1).reshape(-1, 2)
     density = jnp.exp(jax.jit(jax.vmap(model.log_prob))(grid))
     np.testing.assert_allclose(jnp.sum(density) * (line[1] - line[0]) ** 2, 1.0, atol=1e-3)
-    assert jnp.max(density) > 1.1 * jnp.exp(Normal(2).log_prob(jnp.zeros(2)))  # it is another law
+    base = jnp.exp(jax.vmap(Normal(2).log_prob)(grid))
+    assert jnp.max(jnp.abs(density - base)) > 0.1 * jnp.max(base)  # it is another law
 
 
 class Given(AbstractTrace):
@@ -158,13 +159,13 @@ def test_a_reversible_flow_has_the_exact_gradient_in_constant_memory():
     for a, b in zip(*(jax.tree.leaves(x.vector_field) for x in (got, want)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
 
-    def temporary(steps, adjoint):
-        lowered = eqx.filter_jit(gradient_of).lower(reversible(steps, adjoint), points)
+    def temporary(steps):
+        model = reversible(steps, ReversibleAdjoint())
+        lowered = eqx.filter_jit(gradient_of).lower(model, points)
         return lowered.compile().compiled.memory_analysis().temp_size_in_bytes
 
-    constant = temporary(256, ReversibleAdjoint()) / temporary(16, ReversibleAdjoint())
-    stored = temporary(256, DiscreteAdjoint()) / temporary(16, DiscreteAdjoint())
-    assert constant < 1.3 < stored
+    states = points.nbytes * (256 - 16)
+    assert temporary(256) - temporary(16) < states / 8
 
 
 def test_regularizers_are_those_of_the_same_solve():
