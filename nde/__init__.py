@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nde import evaluate as evaluate
 from nde import fields as fields
+from nde import gan as gan
 from nde import implicit as implicit
 from nde import losses as losses
 from nde import paths as paths
@@ -21,6 +22,7 @@ from nde._saving import save as save
 from nde.cde import NeuralCDE as NeuralCDE
 from nde.cnf import CNF as CNF
 from nde.hybrid import HybridODE as HybridODE
+from nde.latent_sde import LatentSDE as LatentSDE
 from nde.linear_cde import LinearCDE as LinearCDE
 from nde.log_cde import LogNeuralCDE as LogNeuralCDE
 from nde.mechanics import HamiltonianODE as HamiltonianODE
@@ -28,6 +30,8 @@ from nde.mechanics import LagrangianODE as LagrangianODE
 from nde.mechanics import PortHamiltonianODE as PortHamiltonianODE
 from nde.mechanics import SecondOrderODE as SecondOrderODE
 from nde.ode import NeuralODE as NeuralODE
+from nde.sde import HybridSDE as HybridSDE
+from nde.sde import NeuralSDE as NeuralSDE
 
 if TYPE_CHECKING:
     from nde import inference as inference
@@ -42,16 +46,20 @@ __all__ = [
     "CNF",
     "HamiltonianODE",
     "HybridODE",
+    "HybridSDE",
     "LagrangianODE",
+    "LatentSDE",
     "LinearCDE",
     "LogNeuralCDE",
     "NeuralCDE",
     "NeuralODE",
+    "NeuralSDE",
     "PortHamiltonianODE",
     "SecondOrderODE",
     "evaluate",
     "fields",
     "fit",
+    "gan",
     "implicit",
     "inference",
     "least_squares",

@@ -15,73 +15,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from nde._inputs import applied, check_real, check_state, check_times
 from nde._model import AbstractModel
 from nde._solve import Rates, Stepping, in_one_precision, solve
+from nde._steps import KnotSteps, check_last_step
 from nde._times import check_spacing
 from nde.paths import AbstractControl
-from nde.solvers.adjoint.traced import end_floor
 from nde.solvers.inputs import check_count, is_traced
-
-
-class KnotSteps(diffrax.AbstractStepSizeController):
-    """So many steps of equal length from each knot to the next.
-
-    Unlike `diffrax.StepTo` it allows a repeated last knot, the padding: the solve has ended there.
-
-    Args:
-        knots: Shape (knots,), in order.
-        steps: Steps from knot to knot.
-    """
-
-    knots: Float[Array, " knots"]
-    steps: int = eqx.field(static=True)
-
-    def wrap(self, direction: Int[Array, ""]) -> "KnotSteps":
-        """Itself: a path runs forwards."""
-        del direction
-        return self
-
-    def init(
-        self,
-        terms: PyTree[diffrax.AbstractTerm],
-        t0: Array,
-        t1: Array,
-        y0: PyTree[Array],
-        dt0: Array | None,
-        args: PyTree[Any],
-        func: Callable,
-        error_order: Any,
-    ) -> tuple[Array, Array]:
-        """The end of the first step, and the number of steps begun."""
-        begun = jnp.asarray(1, dtype=jnp.int32)
-        return self._end(begun), begun
-
-    def adapt_step_size(
-        self,
-        t0: Array,
-        t1: Array,
-        y0: PyTree[Array],
-        y1_candidate: PyTree[Array],
-        args: PyTree[Any],
-        y_error: PyTree[Array] | None,
-        error_order: Any,
-        controller_state: Array,
-    ) -> tuple[bool, Array, Array, bool, Array, Any]:
-        """Every step is accepted."""
-        begun = controller_state + 1
-        return True, t1, self._end(begun), False, begun, diffrax.RESULTS.successful
-
-    def _end(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        if self.steps == 1:
-            return self.knots[step]
-        knot, part = step // self.steps, step % self.steps
-        here = self.knots[knot]
-        share = part.astype(here.dtype) / self.steps
-        following = self.knots[jnp.minimum(knot + 1, self.knots.shape[0] - 1)]
-        return here + share * (following - here)
 
 
 class AbstractCDE(AbstractModel):
@@ -188,7 +130,7 @@ def solve_cde(
     check_matrix(matrix, control, z0, args)
     steps = stepping(model, control)
     if steps.stepsize_controller is not model.stepsize_controller:  # steps end at the knots
-        z0 = _check_last_step(z0, control.ts, model.steps_per_interval or 1)
+        z0 = check_last_step(z0, control.ts, model.steps_per_interval or 1)
     term = diffrax.ControlTerm(Rates(matrix), control)
     return solve(
         model,
@@ -275,31 +217,6 @@ def check_matrix(
             "are channels of the path."
         )
     check_real("vector_field", columns)
-
-
-def _check_last_step(
-    z0: Float[Array, " state"], knots: Float[Array, " knots"], steps: int
-) -> Float[Array, " state"]:
-    """`z0`, if the solver takes the last step: one that begins at the very end of a solve is merged
-    with the one before, and sees its data.
-    """
-    if knots.shape[0] == 2 and steps == 1:
-        return z0
-    knots = jax.lax.stop_gradient(knots)
-    start, end = knots[0], knots[-1]
-    before = jnp.max(jnp.where(knots < end, knots, start))  # padding repeats the last
-    begins = end - (end - before) / steps
-    merged = (begins > end_floor(end)) & (begins > start)
-    told = (
-        "The last step of the path is too short for the precision of its times: a solver merges a "
-        "step within 100 spacings of the end with the one before. Subtract an offset from `ts`, such "
-        "as the first time, or use float64."
-    )
-    if is_traced(z0, knots):
-        return eqx.error_if(z0, merged, told)
-    if merged:
-        raise ValueError(f"{told} It begins at {begins} and ends at {end}, in {knots.dtype}.")
-    return z0
 
 
 def _check_inside(ts: Float[Array, " times"], control: AbstractControl) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from nde._inputs import check_callable, check_key
 from nde.solvers.inputs import check_count
 
-__all__ = ["Batched", "MLPField", "MatrixField", "ScalarField"]
+__all__ = ["Batched", "MLPField", "MatrixField", "OwnNoise", "ScalarField"]
 
 
 class MLPField(eqx.Module):
@@ -220,6 +220,62 @@ class Batched(eqx.Module):
             )
         axes = (None, 0, None if args is None else 0)
         return jax.vmap(self.field, in_axes=axes)(t, y, args)
+
+
+class OwnNoise(eqx.Module):
+    r"""A diagonal diffusion, the noise of each component a small network of that component alone.
+
+        sigma_i(t, y) = least + (most - least) sigmoid(net_i(y_i))
+
+    Bounded below, so that the path divergence of `nde.LatentSDE` exists; and each noise depends on its
+    own component, as `nde.solvers.SOSRI` needs for its order.
+
+    Args:
+        size: Components.
+        width: Units of the one hidden layer of each network.
+        least: Lower bound, positive.
+        most: Upper bound.
+        activation: Of the hidden layer. Smooth.
+        key: Of the initial weights.
+
+    Raises:
+        ValueError: for sizes, bounds or a `key` that cannot be used.
+    """
+
+    nets: eqx.nn.MLP
+    least: float = eqx.field(static=True)
+    most: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        *,
+        least: float,
+        most: float,
+        activation: Callable = jax.nn.softplus,
+        key: PRNGKeyArray,
+    ):
+        check_key(key)
+        check_callable("activation", activation, "(x)")
+        for name, count in (("size", size), ("width", width)):
+            check_count(name, count)
+        if not 0 < least < most:
+            raise ValueError(
+                f"`least` is {least} and `most` {most}; the noise stays between two bounds, 0 < least < "
+                "most."
+            )
+        make = lambda key: eqx.nn.MLP("scalar", "scalar", width, 1, activation, key=key)
+        self.nets = eqx.filter_vmap(make)(jax.random.split(key, size))
+        self.least, self.most = least, most
+
+    def __call__(
+        self, t: Float[Array, ""], y: Float[Array, " size"], args: Array | None = None
+    ) -> Float[Array, " size"]:
+        """The standard deviations per root of time at state `y`, shape (size,)."""
+        del t, args
+        outputs = eqx.filter_vmap(lambda net, y: net(y))(self.nets, y)
+        return self.least + (self.most - self.least) * jax.nn.sigmoid(outputs)
 
 
 def _same(x: Array) -> Array:

@@ -22,7 +22,6 @@ Reference:  Universal Differential Equations for Scientific Machine Learning (20
     arXiv:2001.04385
 """
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -30,101 +29,18 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from nde._initial_value import AbstractODE
 from nde._inputs import check_callable
+from nde._parameters import Bounded as Bounded
+from nde._parameters import Frozen as Frozen
+from nde._parameters import Positive as Positive
+from nde._parameters import check_made, floating_leaves, physical
 from nde._solve import Rates
 from nde.fields import Batched
-from nde.solvers.inputs import is_traced
 
 __all__ = ["Bounded", "Frozen", "HybridODE", "Positive", "additive"]
-
-
-class AbstractParameter(eqx.Module):
-    """A physical parameter that is stored in other coordinates."""
-
-    def __repr__(self) -> str:
-        value = self.value
-        shown = eqx.tree_pformat(value) if is_traced(value) else str(value)
-        return f"{type(self).__name__}({shown})"
-
-    @property
-    @abstractmethod
-    def value(self) -> Float[Array, "..."]:
-        """The physical value, of the shape it was made with."""
-
-
-class Positive(AbstractParameter):
-    """A parameter that stays positive, trained as its logarithm.
-
-    Args:
-        value: Initial physical value, any shape.
-
-    Raises:
-        ValueError: if a value is not positive and finite in its precision.
-    """
-
-    log_value: Float[Array, "..."]
-
-    def __init__(self, value: ArrayLike):
-        _check_range("Positive", value, 0.0, np.inf)
-        self.log_value = jnp.log(_floating(value))
-
-    @property
-    def value(self) -> Float[Array, "..."]:
-        return jnp.exp(self.log_value)
-
-
-class Bounded(AbstractParameter):
-    """A parameter that stays between two bounds, trained through a sigmoid.
-
-    Args:
-        value: Initial physical value, any shape, strictly inside the bounds.
-        low: Lower bound, a finite number.
-        high: Upper bound, a finite number.
-
-    Raises:
-        ValueError: for another bound, or a value that is not strictly between the two in its
-            precision.
-    """
-
-    logit: Float[Array, "..."]
-    low: float = eqx.field(static=True)
-    high: float = eqx.field(static=True)
-
-    def __init__(self, value: ArrayLike, low: float, high: float):
-        self.low, self.high = _bound("low", low), _bound("high", high)
-        if not self.low < self.high:
-            raise ValueError(
-                f"`low` of Bounded is {low} and `high` is {high}; write Bounded(value, low, high)."
-            )
-        _check_range("Bounded", value, self.low, self.high)
-        value = _floating(value)
-        self.logit = jnp.log(value - self.low) - jnp.log(self.high - value)
-
-    @property
-    def value(self) -> Float[Array, "..."]:
-        return self.low + (self.high - self.low) * jax.nn.sigmoid(self.logit)
-
-
-class Frozen(AbstractParameter):
-    """A parameter that is not trained: `nde.fit` leaves it alone, and its gradient is zero
-    everywhere else. (Weight decay moves what has no gradient: in a loop of your own, mask it.)
-
-    Args:
-        constant: Physical value, any shape.
-    """
-
-    constant: Float[Array, "..."]
-
-    def __init__(self, constant: ArrayLike):
-        self.constant = _floating(constant)
-
-    @property
-    def value(self) -> Float[Array, "..."]:
-        return jax.lax.stop_gradient(self.constant)
 
 
 def additive(
@@ -179,7 +95,7 @@ class HybridODE(AbstractODE):
 
     known: Callable
     network: Callable | None
-    parameters: PyTree[Any] = eqx.field(converter=lambda tree: _floating_leaves(tree))
+    parameters: PyTree[Any] = eqx.field(converter=floating_leaves)
     combine: Callable = eqx.field(default=additive, kw_only=True)
 
     def __check_init__(self):
@@ -189,10 +105,7 @@ class HybridODE(AbstractODE):
                 "examples. Make the model of one example, and batch all of it: "
                 "nde.NeuralODE(nde.fields.Batched(hybrid.vector_field))."
             )
-        for leaf in jax.tree.leaves(self.parameters):
-            if isinstance(leaf, type):
-                name = leaf.__name__
-                raise ValueError(f"`parameters` holds the class {name}; make one: {name}(value).")
+        check_made(self.parameters)
         check_callable("known", self.known, "(t, y, parameters)")
         if self.network is not None:
             check_callable("network", self.network, "(t, y, args)")
@@ -227,11 +140,7 @@ class HybridODE(AbstractODE):
 
     def physical_parameters(self) -> PyTree[Float[Array, "..."]]:
         """The parameters by name, in physical units and the shapes they were made with."""
-        return jax.tree.map(
-            lambda leaf: leaf.value if _is_parameter(leaf) else leaf,
-            self.parameters,
-            is_leaf=_is_parameter,
-        )
+        return physical(self.parameters)
 
 
 def _absent(t: Array, y: PyTree, args: PyTree) -> PyTree:
@@ -240,56 +149,3 @@ def _absent(t: Array, y: PyTree, args: PyTree) -> PyTree:
         "`combine` calls the network, but `network` is None; for the known equations alone leave out "
         "`combine`, or give one that does without."
     )
-
-
-def _is_parameter(node: Any) -> bool:
-    return isinstance(node, AbstractParameter)
-
-
-def _floating(value: ArrayLike) -> Float[Array, "..."]:
-    """A strongly typed floating array: a Python number would change its type at the first
-    update."""
-    return jnp.asarray(value, dtype=_precision(value))
-
-
-def _precision(value: ArrayLike) -> np.dtype:
-    floating = eqx.is_array(value) and jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    return jnp.result_type(value) if floating else jnp.result_type(float)
-
-
-def _floating_leaves(tree: PyTree) -> PyTree:
-    """Numbers and number arrays become floating arrays, so that whatever is not `Frozen` trains."""
-    return jax.tree.map(
-        lambda leaf: (
-            leaf if _is_parameter(leaf) or not eqx.is_array_like(leaf) else _floating(leaf)
-        ),
-        tree,
-        is_leaf=_is_parameter,
-    )
-
-
-def _bound(name: str, bound: float) -> float:
-    number = eqx.is_array_like(bound) and not is_traced(bound)
-    if number and np.ndim(bound) == 0 and np.isfinite(bound):
-        return float(bound)
-    raise ValueError(
-        f"`{name}` of Bounded is {bound}; a bound is one finite number. Use Positive where there is "
-        "no upper bound, and one Bounded for each entry with bounds of its own."
-    )
-
-
-def _check_range(name: str, value: ArrayLike, low: float, high: float) -> None:
-    """Also refuses what rounds to a limit: no coordinate gives it back."""
-    if is_traced(value):
-        return
-    dtype = _precision(value)
-    info = jnp.finfo(dtype)
-    with np.errstate(all="ignore"):
-        stored, least, most = (np.asarray(x, dtype) for x in (value, low, high))
-        # Smaller numbers are flushed to zero, and 1 + exp(-u) of the sigmoid loses smaller shares.
-        inside = (stored - least >= info.tiny) & (most - stored >= info.eps * (most - least))
-    if not inside.all():
-        raise ValueError(
-            f"`value` of {name} is {value}; it must be strictly between {low} and {high}, by more "
-            f"than the rounding of {dtype}."
-        )

@@ -18,17 +18,20 @@ ROOT = Path(__file__).parents[1]
 # not import each other: what two of them share moves down.
 FLOORS = {
     **dict.fromkeys(["_inputs", "_times", "_model", "_solve", "_recurrence", "_saving"], 0),
-    **dict.fromkeys(["_initial_value", "_controlled", "fields", "paths"], 0),
+    **dict.fromkeys(["_initial_value", "_controlled", "_stochastic", "_steps"], 0),
+    **dict.fromkeys(["_parameters", "fields", "paths"], 0),
     "cde": 1,
     "cnf": 1,
     "hybrid": 1,
     "implicit": 1,
+    "latent_sde": 1,
     "linear_cde": 1,
     "log_cde": 1,
     "mechanics": 1,
     "ode": 1,
+    "sde": 1,
     "symbolic": 1,
-    **dict.fromkeys(["losses", "regularizers", "evaluate"], 2),
+    **dict.fromkeys(["losses", "regularizers", "evaluate", "gan"], 2),
     **dict.fromkeys(["_training", "train", "inference"], 3),
     **dict.fromkeys(["plot", "doctor", "__init__"], 4),
 }

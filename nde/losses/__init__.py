@@ -4,8 +4,11 @@
 draw paths, scores compare a sample of paths with another, `score(ts, fake, real, mask=None, key=None)`:
 `finite_dimensional_score`, `signature_score`, `moments`; `path_score` binds one to a model and a batch.
 `likelihood` is for SDEs whose state is observed, `flow_likelihood` and `flow_matching` for an `nde.CNF`.
+`evidence` and `matched_evidence` are for an `nde.LatentSDE`.
 """
 
+from nde.losses.evidence import evidence as evidence
+from nde.losses.evidence import matched_evidence as matched_evidence
 from nde.losses.finite_dimensional import finite_dimensional_score as finite_dimensional_score
 from nde.losses.flow_likelihood import flow_likelihood as flow_likelihood
 from nde.losses.horizon import growing_horizon as growing_horizon
@@ -39,6 +42,7 @@ __all__ = [
     "VariancePreserving",
     "bridge_density",
     "euler_density",
+    "evidence",
     "finite_dimensional_score",
     "flow_likelihood",
     "flow_matching",
@@ -46,6 +50,7 @@ __all__ = [
     "independent",
     "likelihood",
     "log_mse",
+    "matched_evidence",
     "moments",
     "mse",
     "optimal",
@@ -57,4 +62,4 @@ __all__ = [
 ]
 
 # Losses whose data begins with the times of the series, shape (examples, times).
-TIMES_FIRST = (likelihood, path_score, trajectory)
+TIMES_FIRST = (evidence, likelihood, matched_evidence, path_score, trajectory)

@@ -36,8 +36,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from nde._inputs import check_callable
+from nde._stochastic import AbstractSDE, in_ito_form
 from nde.losses.samples import last_observed
 from nde.losses.series import as_series
+from nde.sde import HybridSDE
 from nde.solvers.inputs import check_count
 
 
@@ -146,8 +148,8 @@ def likelihood(
     `functools.partial(losses.likelihood, density=losses.bridge_density)`.
 
     Args:
-        model: An Ito SDE: `model.drift(t, y, args)` and `model.diffusion(t, y, args)`, as of
-            `euler_density`, of the state that is observed.
+        model: An `nde.HybridSDE`, in either calculus; or another Ito SDE of the state that is observed:
+            `model.drift(t, y, args)` and `model.diffusion(t, y, args)`, as of `euler_density`.
         batch: An `nde.train.Batch` whose data is `(ts, ys)`, shapes (examples, times) and (examples, times,
             channels), or `(ts, ys, mask)`, as of `trajectory` (nan is missing).
             A time counts where all channels do; a transition leads from one such time
@@ -163,6 +165,14 @@ def likelihood(
     ts, ys, observed = as_series(batch.data, "likelihood")
     for name in ("drift", "diffusion"):
         check_callable(f"model.{name}", getattr(model, name, None), "(t, y, args)")
+    if isinstance(model, AbstractSDE) and not isinstance(model, HybridSDE):
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, whose state is hidden; the likelihood of transitions "
+            "needs one whose state is observed: nde.HybridSDE, with networks as its parameters."
+        )
+    drift, diffusion = model.drift, model.diffusion
+    if isinstance(model, HybridSDE):
+        drift, diffusion = in_ito_form(model, drift, diffusion)
     seen = jnp.all(observed, axis=2)
     ys = jnp.where(seen[..., None], ys, 0.0)
     ts, ys = last_observed(ts, seen), last_observed(ys, seen)
@@ -170,7 +180,7 @@ def likelihood(
     t1 = jnp.where(moved, ts[:, 1:], ts[:, :-1] + 1.0)  # any step that has a density
 
     def one(t0: Array, y0: Array, t1: Array, y1: Array, key: PRNGKeyArray) -> Array:
-        return density(model.drift, model.diffusion, t0, y0, t1, y1, args, key=key)
+        return density(drift, diffusion, t0, y0, t1, y1, args, key=key)
 
     keys = jax.random.split(key, moved.shape)
     logs = jax.vmap(jax.vmap(one))(ts[:, :-1], ys[:, :-1], t1, ys[:, 1:], keys)
