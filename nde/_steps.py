@@ -139,7 +139,7 @@ class KnotNoise(diffrax.AbstractBrownianPath):
             "solver asked for that of another interval. Use a solver that takes each step once, or "
             "steps_per_interval=None with an adaptive `stepsize_controller`.",
         )
-        cell = self.grid.cell(n, use_levy)
+        cell: Any = self.grid.cell(n, use_levy)
         zero = bridge.opaque_zero(self.grid.key, n)
         length = end - start
         # A root at zero, in the padding, has no derivative; nothing is differentiated by times here.

@@ -107,7 +107,7 @@ def solve_sde(
     check_one_array(y0)
     ts, y0 = in_one_precision(ts, y0)
     check_vector_field(drift, ts[0], y0, args, "drift")
-    noisy = Diffusion(diffusion, model.noise_type)
+    noisy: Any = Diffusion(diffusion, model.noise_type)
     shape = noisy.noise_shape(ts[0], y0, args)
     drift = in_calculus_of(model, drift, noisy, ts[0], y0, args)
     steps, path = stepping(model, ts, shape, key)

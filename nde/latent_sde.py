@@ -366,7 +366,8 @@ class LatentSDE(AbstractSDE):
             ValueError: for a series that cannot be used, or `low_variance` with another solver.
         """
         context = self._context(ts, ys)
-        zs, integral = self._solve(context, low_variance, throw, key).ys
+        saved: Any = self._solve(context, low_variance, throw, key).ys
+        zs, integral = saved
         kl_start = self.posterior.start(context).kl(self.start)
         return Evidence(self._log_likelihood(zs, ys), kl_start, integral[-1])
 
@@ -410,7 +411,8 @@ class LatentSDE(AbstractSDE):
 
     def __call__(self, ts: Float[Array, " times"], ys: Series, *, key: PRNGKeyArray) -> Series:
         """The series as the posterior sees it: one decoded path at `ts`, shape (times, channels)."""
-        return jax.vmap(self.decoder)(self.solve(ts, ys, key=key).ys[0])
+        saved: Any = self.solve(ts, ys, key=key).ys
+        return jax.vmap(self.decoder)(saved[0])
 
     def solve(
         self, ts: Float[Array, " times"], ys: Series, *, throw: bool = True, key: PRNGKeyArray
@@ -445,7 +447,8 @@ class LatentSDE(AbstractSDE):
         """
         check_key(key)
         key_past, key_future = jax.random.split(key)
-        zs, _ = self.solve(ts, ys, key=key_past).ys
+        saved: Any = self.solve(ts, ys, key=key_past).ys
+        zs, _ = saved
         ts = jnp.concatenate([ts[-1:], future])
         return jax.vmap(self.decoder)(self._prior_path(ts, zs[-1], key_future)[1:])
 
