@@ -118,6 +118,10 @@ class KnotNoise(diffrax.AbstractBrownianPath):
         return self.knots[-1]
 
     @property
+    def shape(self) -> Any:
+        return self.grid.shape
+
+    @property
     def levy_area(self) -> Any:
         return self.grid.levy_area
 
