@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from nde._model import AbstractModel
-from nde.solvers import SolveError, diagnose
+from nde.solvers import Hypersolver, SolveError, diagnose
 from nde.solvers.adjoint.traced import code
 from nde.solvers.inputs import check_tolerances, is_traced
 from nde.solvers.integrals import ride_along
@@ -75,6 +75,8 @@ def solve(
     if stepping is None:
         stepping = Stepping(model.stepsize_controller, model.dt0, model.max_steps)
     check_tolerances(stepping.stepsize_controller, y0)
+    if isinstance(model.solver, Hypersolver):
+        model.solver.check_field(terms)
     if integrand is not None:
         terms, y0, controller = ride_along(
             terms, y0, stepping.stepsize_controller, integrand, t0=t0, args=args, noise=noise

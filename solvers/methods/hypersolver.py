@@ -112,9 +112,11 @@ class Hypersolver(AbstractDeclaring, diffrax.AbstractSolver):
     def check_field(self, vector_field: PyTree) -> None:
         """Warn if a vector field is not the one that the correction was trained for.
 
+        The models of `nde` ask it wherever there are numbers to look at, outside `jax.jit`; a solver inside
+        `diffrax.diffeqsolve`, which is compiled, cannot.
+
         Args:
-            vector_field: With numbers to look at: outside `jax.jit`. (`diffeqsolve` is compiled: a solver
-                does not see them.)
+            vector_field: The field, or `diffrax.ODETerm` of it.
         """
         if self.trained_for is None or is_traced(vector_field):
             return
@@ -169,9 +171,14 @@ class Hypersolver(AbstractDeclaring, diffrax.AbstractSolver):
 
 
 def fingerprint(vector_field: PyTree) -> str:
-    """A short text that changes with any floating array of a vector field."""
+    """A short text that changes with any floating array of a vector field.
+
+    A vector field that is a method of a model has the model's solver among its parts: that does not count.
+    """
+    is_solver = lambda x: isinstance(x, Hypersolver)
+    arrays = eqx.filter(vector_field, eqx.is_inexact_array, is_leaf=is_solver)
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(eqx.filter(vector_field, eqx.is_inexact_array)):
+    for leaf in jax.tree.leaves(arrays):
         array = np.asarray(leaf)
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from messages import mentions
 
+import nde
 from nde.solvers import DiscreteAdjoint, Hypersolver, fingerprint
 
 DECAY = diffrax.ODETerm(lambda t, y, args: -y)
@@ -95,8 +96,15 @@ def test_a_field_that_has_changed_warns():
         warnings.simplefilter("error")
         solver.check_field(field)
         solver.check_field(diffrax.ODETerm(field))
+        model = nde.NeuralODE(
+            field, solver=solver, stepsize_controller=diffrax.ConstantStepSize(), dt0=0.5
+        )
+        model(jnp.array([0.0, 1.0]), Y0)
     with pytest.warns(UserWarning, match="parameters have changed"):
         solver.check_field(Field(jnp.array(-1.1)))
+    changed = eqx.tree_at(lambda m: m.vector_field.weight, model, jnp.array(-1.1))
+    with pytest.warns(UserWarning, match="parameters have changed"):
+        changed(jnp.array([0.0, 1.0]), Y0)
 
 
 @pytest.mark.parametrize(
