@@ -21,7 +21,7 @@ from nde.symbolic.units import Units
 __all__ = ["distill", "search", "slopes"]
 
 FEWEST = 8  # points
-CHUNK = 10  # generations between two looks at the clock
+CHUNK = 5  # generations between two looks at the clock
 
 
 def search(
@@ -35,9 +35,9 @@ def search(
     generations: int = 100,
     seconds: float | None = None,
     tolerance: float = 0.0,
-    islands: int = 8,
+    islands: int = 16,
     population: int = 64,
-    births: int = 16,
+    births: int = 32,
     tournament: int = 8,
     constant_steps: int = 3,
     parsimony: float = 0.0,
