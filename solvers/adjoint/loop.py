@@ -29,7 +29,7 @@ def check(options: Options) -> None:
     if options["max_steps"] is not None:
         check_count("max_steps", options["max_steps"])
     y0 = options["init_state"].y
-    if not jax.tree.leaves(y0):
+    if None in jax.tree.leaves(y0, is_leaf=lambda x: x is None) and not jax.tree.leaves(y0):
         raise ValueError(
             f"`y0` is {y0!r}, which holds no array: there is nothing to solve. Give the state as an "
             "array, or as a pytree of arrays."
