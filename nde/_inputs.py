@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from nde._times import check_kind
-from nde.solvers.inputs import check_count, check_tolerances, is_traced
+from nde.solvers.inputs import check_count, check_rate_type, check_tolerances, is_traced
+from nde.solvers.inputs import check_key as check_key
 
 
 def check_numerics(model: Any) -> None:
@@ -172,16 +173,8 @@ def applied(
 
 
 def check_real(name: str, rate: Any) -> None:
-    """A rate is floating, and real: the imaginary part would be dropped without a word."""
-    dtype = jnp.result_type(rate)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise ValueError(
-            f"`{name}` returned {dtype}, complex, for a real state; take its real part: dy.real."
-        )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"`{name}` returned dtype {dtype}; rates are floating: dy.astype(y.dtype)."
-        )
+    """A rate is floating, and real: the states of models are."""
+    check_rate_type(f"What `{name}` returned", jnp.result_type(rate), jnp.result_type(float))
 
 
 def check_instance(name: str, value: Any) -> None:
@@ -206,12 +199,3 @@ def check_callable(name: str, function: Any, arguments: str) -> None:
         raise ValueError(
             f"`{name}` has signature {signature}; it is called as {name}{arguments}."
         ) from error
-
-
-def check_key(key: Any) -> None:
-    """`key` is one new-style random key."""
-    hint = "Pass one key: jax.random.key(0)."
-    if not eqx.is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ValueError(f"`key` is {key!r}, not a random key. {hint}")
-    if key.shape != ():
-        raise ValueError(f"`key` is a batch of keys, shape {key.shape}. {hint}")
