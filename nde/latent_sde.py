@@ -115,8 +115,9 @@ class GRUEncoder(eqx.Module):
     """A context for every time of a series, by a gated recurrent unit that runs backwards.
 
     The context of a time knows the observations from there on; with `both_ways` all of them. A step is
-    told what was observed (zero elsewhere), where, and the time since the step before; where nothing was
-    observed there is none.
+    told what was observed (zero elsewhere), where, the time since the step before and since the start, so
+    that a drift that sees the time knows how far the next observation is; where nothing was observed
+    there is no step.
 
     Args:
         channels: Of the series.
@@ -149,8 +150,8 @@ class GRUEncoder(eqx.Module):
         if not time_scale > 0:
             raise ValueError(f"`time_scale` is {time_scale}; it is a length of time, positive.")
         keys = jax.random.split(key, 3)
-        self.backwards = eqx.nn.GRUCell(2 * channels + 1, hidden, key=keys[0])
-        self.forwards = eqx.nn.GRUCell(2 * channels + 1, hidden, key=keys[1]) if both_ways else None
+        self.backwards = eqx.nn.GRUCell(2 * channels + 2, hidden, key=keys[0])
+        self.forwards = eqx.nn.GRUCell(2 * channels + 2, hidden, key=keys[1]) if both_ways else None
         self.output = eqx.nn.Linear(hidden * (1 + both_ways), context, key=keys[2])
         self.time_scale = time_scale
 
@@ -167,7 +168,8 @@ class GRUEncoder(eqx.Module):
             state, last = carry
             t, y, seen = row
             gap = jnp.abs(t - last)[None] / self.time_scale
-            inputs = jnp.concatenate([y, seen.astype(y.dtype), gap])
+            since = jnp.abs(t - ts[0])[None] / self.time_scale
+            inputs = jnp.concatenate([y, seen.astype(y.dtype), gap, since])
             state = jnp.where(jnp.any(seen), cell(inputs, state), state)
             return (state, jnp.where(jnp.any(seen), t, last)), state
 
