@@ -143,7 +143,7 @@ def fit(
         NonFiniteError: for infinite data, for nan that the loss makes nothing of, and after
             `max_skips` skipped steps in a row.
         nde.solvers.SolveError: if more than a tenth of the solves of a batch fail.
-        nde.CheckpointError: if `checkpoint` is damaged or of another run.
+        nde.train.CheckpointError: if `checkpoint` is damaged or of another run.
         OSError: if `checkpoint` cannot be written.
 
         Whatever ends the training early, also an error of the user's iterator or an interrupt from
