@@ -37,7 +37,7 @@ def digits(seed=0):
     """Levels 0 to 16, shape (digits, 64), and labels: those to train on, and those to test on."""
     levels, labels = sklearn.datasets.load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
-    levels, labels = levels[order].astype(np.float32), labels[order]
+    levels, labels = levels[order].astype(float), labels[order]
     return (levels[:TRAIN], labels[:TRAIN]), (levels[TRAIN:], labels[TRAIN:])
 
 

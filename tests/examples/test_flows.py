@@ -21,8 +21,8 @@ def load(name):
 @pytest.mark.parametrize(
     "methods",
     [
-        ("independent", "optimal"),
-        pytest.param(("likelihood",), marks=pytest.mark.slow),
+        ("optimal",),
+        pytest.param(("likelihood", "independent"), marks=pytest.mark.slow),
     ],
 )
 def test_a_trial_run_of_the_moons(methods, tmp_path, monkeypatch, capsys):
