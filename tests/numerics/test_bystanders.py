@@ -14,7 +14,7 @@ import pytest
 from oracles import DIFFRAX
 from sweeps import sweep
 
-from nde._controlled import KnotSteps
+from nde._steps import KnotSteps
 from nde.solvers import (
     EES25,
     AsynchronousLeapfrog,
