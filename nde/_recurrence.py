@@ -72,7 +72,7 @@ def in_order(
     matrix = _matrices(step, generators)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def interval(h, dw):
+    def interval(h: Array, dw: Array):
         return h + apply(matrix(dw), h), h
 
     return jax.lax.scan(interval, start, increments)
@@ -112,7 +112,7 @@ def _links(step, generators, increments, start):
     matrix = _matrices(step, generators)
     one = jnp.eye(start.shape[0], dtype=start.dtype)[:, :, None, None]
 
-    def grow(whole, dw):
+    def grow(whole: Array, dw: Array):
         return product(one + matrix(dw), whole), None
 
     shape = (*generators.shape[1:], increments.shape[-1])
@@ -135,7 +135,7 @@ def _backward(step, residuals, cotangents):
     nothing = jnp.zeros((*ct_end.shape, wholes.shape[0]), ct_end.dtype)
     added = jnp.moveaxis(pull((nothing, ct_hs))[2], -1, 0)
 
-    def back(g, chunk):
+    def back(g: Array, chunk: Any):
         whole, added = chunk
         return apply(jnp.swapaxes(whole, 0, 1), g) + added, g
 
@@ -152,7 +152,7 @@ def _matrices(step, generators):
     large = generators.shape[1] > WRITTEN_OUT
     arranged = jnp.moveaxis(generators, -1, 1) if large else generators
 
-    def matrix(dw):
+    def matrix(dw: Array):
         if large:
             return step(jnp.einsum("c...,cnij->...nij", dw, arranged).T.swapaxes(0, 1))
         if dw.ndim == 1:

@@ -356,10 +356,12 @@ class _Density(eqx.Module):
     def dt0(self):
         return self.model.dt0
 
-    def lift(self, t, y0, args):
+    def lift(self, t: Array, y0: PyTree[Array], args: PyTree[Any]):
         return self.model.lift(t, y0, args)
 
-    def solve(self, ts, y0, args=None, *, integrand=None, throw=True) -> diffrax.Solution:
+    def solve(
+        self, ts, y0: PyTree[Array], args: PyTree[Any] = None, *, integrand=None, throw=True
+    ) -> diffrax.Solution:
         """As `CNF.solve`; `.ys` is (points, divergences), or that and the integral."""
         both = _Divergence(self.model.vector_field, self.model.trace, self.noise, integrand)
         solution: Any = self.model.solve(ts, y0, args, integrand=both, throw=throw)

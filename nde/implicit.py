@@ -264,7 +264,7 @@ def argmin(
         curvature = _radius(lambda x: slope(x, _stopped(args)), x0)[0]
         step = 1 / jnp.maximum(jax.lax.stop_gradient(curvature), jnp.finfo(curvature.dtype).tiny)
 
-        def projected(x, args):
+        def projected(x: Array, args: PyTree[Any]):
             return project(jax.tree.map(lambda x, d: x - step * d, x, slope(x, args)))
 
         return fixed_point(projected, x0, args, gradient=gradient, max_steps=max_steps, throw=throw)
@@ -373,7 +373,7 @@ def _refined(gradient: Gradient, function: Callable, value: PyTree, args: PyTree
     if isinstance(gradient, Phantom):
         steps, damping = gradient.steps, gradient.damping
 
-    def step(z, _):
+    def step(z: PyTree[Array], _: Any):
         mix = lambda old, new: (1 - damping) * old + damping * new
         return jax.tree.map(mix, z, function(z, args)), None
 
@@ -395,7 +395,7 @@ def _radius(function: Callable, z: PyTree, iterations: int = 20) -> tuple[Array,
     flat, unravel = jax.flatten_util.ravel_pytree(z)
     start = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
 
-    def step(v, _):
+    def step(v: Array, _: Any):
         v = jax.flatten_util.ravel_pytree(push(unravel(v)))[0]
         size = jnp.linalg.norm(v)
         return v / jnp.where(size > 0, size, 1), size

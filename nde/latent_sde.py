@@ -38,7 +38,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from nde._inputs import check_callable, check_key
 from nde._parameters import AbstractParameter, Frozen
@@ -164,7 +164,7 @@ class GRUEncoder(eqx.Module):
         return jax.vmap(self.output)(states)
 
     def _run(self, cell: eqx.nn.GRUCell, ts: Array, ys: Series, reverse: bool) -> Array:
-        def step(carry, row):
+        def step(carry: Any, row: Any):
             state, last = carry
             t, y, seen = row
             gap = jnp.abs(t - last)[None] / self.time_scale
@@ -214,7 +214,7 @@ class PosteriorDrift(AbstractPosterior):
         """q0, from the context of the first time."""
         return _gaussian("initial", self.initial(context[1][0]))
 
-    def drift(self, t, z, context, diffusion):
+    def drift(self, t: Array, z: PyTree[Array], context: Any, diffusion):
         """f(t, z, c), c of the next observation."""
         del diffusion
         ts, contexts = context
@@ -249,7 +249,7 @@ class PosteriorMarginals(AbstractPosterior):
         weights = jax.nn.softmax(-((self.sharpness.astype(ts.dtype) * (ts - t)) ** 2))
         return _gaussian("network", self.network(t, weights @ contexts))
 
-    def drift(self, t, z, context, diffusion):
+    def drift(self, t: Array, z: PyTree[Array], context: Any, diffusion):
         """The one drift that gives the marginals this diffusion."""
         at = lambda t: self.at(t, context)
         marginal, change = jax.jvp(at, (t,), (jnp.ones_like(t),))

@@ -34,6 +34,7 @@ Reference:  Structured linear CDEs: maximally expressive and parallel-in-time se
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -92,10 +93,10 @@ def exponential(
     x = generator / 2**squarings
 
     # Loops, because the compiler would merge a chain of products and make each many times over.
-    def horner(rest, k):
+    def horner(rest: Any, k: Any):
         return (x + product(x, rest)) / k, None
 
-    def square(rest, _):
+    def square(rest: Any, _: Any):
         # exp(2x) - 1 = 2e + e^2 with e = exp(x) - 1: nothing is lost where x is small.
         return 2 * rest + product(rest, rest), None
 

@@ -131,22 +131,22 @@ class _RidingTerm(diffrax.AbstractTerm):
     integrand: Field | None
     noise: Field | None
 
-    def vf(self, t, y, args):
+    def vf(self, t: Array, y: PyTree[Array], args: PyTree[Any]):
         return self.term.vf(t, y[0], args), *self._rates(t, y, args)
 
-    def contr(self, t0, t1, **kwargs):
+    def contr(self, t0: Array, t1: Array, **kwargs):
         control = self.term.contr(t0, t1, **kwargs)
         return control if self.integrand is None else (control, t1 - t0)
 
-    def prod(self, vf, control):
+    def prod(self, vf: PyTree[Array], control: PyTree[Array]):
         own, rate, b = vf
         return self.term.prod(own, self._own(control)), self._increment(rate, b, control)
 
-    def vf_prod(self, t, y, args, control):
+    def vf_prod(self, t: Array, y: PyTree[Array], args: PyTree[Any], control: PyTree[Array]):
         dy = self.term.vf_prod(t, y[0], args, self._own(control))
         return dy, self._increment(*self._rates(t, y, args), control)
 
-    def is_vf_expensive(self, t0, t1, y, args):
+    def is_vf_expensive(self, t0: Array, t1: Array, y: PyTree[Array], args: PyTree[Any]):
         return self.term.is_vf_expensive(t0, t1, y[0], args)
 
     def _own(self, control):
@@ -174,16 +174,34 @@ class _AbstractStepsOfState(diffrax.AbstractStepSizeController):
 
     controller: eqx.AbstractVar[diffrax.AbstractStepSizeController]
 
-    def wrap(self, direction):
+    def wrap(self, direction: Array):
         return type(self)(self.controller.wrap(direction))
 
-    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+    def init(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        dt0: Array | None,
+        args: PyTree[Any],
+        func: Callable,
+        error_order: Any,
+    ):
         return self.controller.init(
             without_integral(terms), t0, t1, y0[0], dt0, args, func, error_order
         )
 
     def adapt_step_size(
-        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        y1_candidate: PyTree[Array],
+        args: PyTree[Any],
+        y_error: PyTree[Array] | None,
+        error_order: Any,
+        controller_state: PyTree[Array],
     ):
         error = None if y_error is None else y_error[0]
         return self.controller.adapt_step_size(
@@ -255,7 +273,7 @@ def _zeros(name: str, integrand: Field, t0: Any, y0: PyTree[Array], args: PyTree
     if not jnp.issubdtype(time, jnp.floating):
         time = jnp.result_type(float)
 
-    def zeros(x):
+    def zeros(x: Array):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"`{name}` returned an array of dtype {x.dtype}; what is integrated must be real and "

@@ -116,14 +116,16 @@ def make_step(problem: Problem, number: int, rows: ArrayRows | GivenRows) -> Cal
     """`step(state, fixed, payload, index, key, setting) -> (state, record)` of one turn."""
     turn, mask = problem.turns[number], problem.masks[number]
 
-    def step(state: State, fixed, payload, index, key, setting):
+    def step(
+        state: State, fixed: PyTree[Array], payload: PyTree[Any], index: Array, key, setting: Any
+    ):
         key, alarm = jax.random.fold_in(key, index), None
         if problem.alarmed:
             payload, alarm = payload
         batch = _assemble(problem, rows, payload, index, key, setting)
         mine, held = eqx.partition(state.params, mask)
 
-        def objective(mine, part, part_key):
+        def objective(mine: PyTree[Array], part: Any, part_key):
             model = eqx.combine(mine, held, fixed, problem.static)
             return _checked_loss(turn.loss(model, part, part_key), part.mask)
 
@@ -135,7 +137,7 @@ def make_step(problem: Problem, number: int, rows: ArrayRows | GivenRows) -> Cal
         trains = eqx.filter(setting["trains"], mask) if "trains" in setting else None
         grads = _kept(trains, grads)
 
-        def update(grads, value):
+        def update(grads: PyTree[Array], value: Array):
             opt_state = state.opt_states[number]
             updates, opt_state = turn.optim.update(
                 grads, opt_state, mine, value=value, grad=grads, value_fn=evaluate
@@ -175,10 +177,10 @@ def _searched(value_and_grad: Callable) -> Callable:
     """The loss along a line, with the gradient of the whole batch wherever that is divided."""
 
     @jax.custom_vjp
-    def value(mine):
+    def value(mine: PyTree[Array]):
         return value_and_grad(mine)[0]
 
-    def pull(grads, cotangent):
+    def pull(grads: PyTree[Array], cotangent: Array):
         return (jax.tree.map(lambda g: cotangent.astype(g.dtype) * g, grads),)
 
     value.defvjp(value_and_grad, pull)
@@ -189,11 +191,13 @@ def make_validation(problem: Problem, rows: ArrayRows) -> Callable:
     """`validate(state, fixed, payload, index, key) -> (state, record)`: keeps the best model."""
     loss: Any = problem.validation_loss
 
-    def validate(state: State, fixed, payload, index, key, setting):
+    def validate(
+        state: State, fixed: PyTree[Array], payload: PyTree[Any], index: Array, key, setting: Any
+    ):
         params = state.params if state.average is None else state.average
         batch = _assemble(problem, rows, payload, index, key, setting | {"training": False})
 
-        def objective(params, part, part_key):
+        def objective(params: PyTree[Array], part: Any, part_key):
             model = eqx.combine(params, fixed, problem.static)
             return _checked_loss(loss(model, part, part_key), part.mask)
 
@@ -244,14 +248,14 @@ def _whole(problem: Problem, function: Callable, count: int, grad: bool = False)
     axes = problem.axes
     unpack = lambda out: (out[0][0], out[1], out[0][1]) if grad else (out[0], (), out[1])
 
-    def undivided(params, batch, key, alarm=None):
+    def undivided(params: PyTree[Array], batch: Any, key, alarm=None):
         value, grads, extra = unpack(function(params, batch, key))
         metrics = extra.metrics
         if extra.codes is not None:
             metrics = metrics | {"result": extra.codes}
         return (value, grads, metrics) if grad else (value, metrics)
 
-    def sums(params, part, key):
+    def sums(params: PyTree[Array], part: Any, key):
         value, grads, extra = unpack(function(params, part, key))
         valid = jnp.sum(part.mask, dtype=value.dtype)
         weight = valid if extra.weight is None else extra.weight.astype(value.dtype)
@@ -261,7 +265,7 @@ def _whole(problem: Problem, function: Callable, count: int, grad: bool = False)
         weighted = jax.tree.map(scaled(weight), (value, grads))
         return (weighted, weight, metrics, valid), extra.codes
 
-    def divided(params, batch, key, alarm=None):
+    def divided(params: PyTree[Array], batch: Any, key, alarm=None):
         if count == 1:
             total, codes = sums(params, batch, key)
         else:
@@ -286,10 +290,10 @@ def _scanned(sums: Callable, params: PyTree, batch: Batch, key: PRNGKeyArray, co
     cut = lambda x: x.reshape(count, -1, *x.shape[1:])
     parts = jax.tree.map(cut, (batch.data, batch.mask, batch.keys))
 
-    def of_part(part):
+    def of_part(part: Any):
         return sums(params, eqx.tree_at(lambda b: (b.data, b.mask, b.keys), batch, part), key)
 
-    def add(total, part):
+    def add(total: Any, part: Any):
         more, codes = of_part(part)
         return jax.tree.map(jnp.add, total, more), codes
 

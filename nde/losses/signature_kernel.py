@@ -169,13 +169,13 @@ def _grams(
         return _Sweep(static_kernel, order, xs[pair[0]], ys[pair[1]]).value()
 
     @jax.custom_vjp
-    def grams(xs, ys):
+    def grams(xs: Array, ys: Array):
         return jax.lax.map(lambda pair: gram(pair, xs, ys), (rows, columns))
 
-    def backward(paths, cts):
+    def backward(paths, cts: Any):
         xs, ys = paths
 
-        def add(totals, pair):
+        def add(totals: Any, pair):
             row, column, ct = pair
             ct_x, ct_y = _Sweep(static_kernel, order, xs[row], ys[column]).pullback(ct)
             return (totals[0].at[row].add(ct_x), totals[1].at[column].add(ct_y)), None
@@ -230,12 +230,12 @@ class _Sweep(eqx.Module):
         segments = -(-total // length)  # the last may go on behind the corner, where k is constant
         diagonals = jnp.arange(segments * length).reshape(segments, length)
 
-        def forward(carry, Es):
+        def forward(carry: Any, Es):
             return jax.lax.scan(lambda c, E: (self.advance(c, E)[0], None), carry, Es)[0], carry
 
         (new, old, _), starts = jax.lax.scan(forward, self.edge(), diagonals)
 
-        def backward(carry, segment):
+        def backward(carry: Any, segment: Any):
             Es, start = segment
             _, olds = jax.lax.scan(lambda c, E: self.advance_and_keep(c, E), start, Es)
             retreat = lambda carry, step: (self.retreat(*carry, *step), None)

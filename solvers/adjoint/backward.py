@@ -119,7 +119,7 @@ def replay(
     A step is loaded ahead and handed on by the loop: so it is read once, and not by each of its stages.
     """
 
-    def one_step(k, carry):
+    def one_step(k: Any, carry: Any):
         loaded, states, memory = carry
         k = jnp.asarray(k, jnp.int32)  # a number under `jax.disable_jit`
         after, memory = pullback.advance(loaded, memory)
@@ -229,7 +229,7 @@ class StepPullback:
         ct = ct._replace(memory=memory)
         ct, ct_dense = self._outputs(k, active, loaded, increments, ct)
 
-        def advance(consts, x, aux):
+        def advance(consts: list[Array], x: Array, aux: PyTree[Array]):
             (y, moving), (fixed, *rest) = x, aux
             out = self.traced.advance(consts, y, eqx.combine(moving, fixed), *rest)
             y1, inner, dense, judged = out
@@ -338,15 +338,15 @@ class StepPullback:
     ) -> tuple[BackwardCarry, PyTree[Array]]:
         """Adds the cotangents of the j-th kind of output, at the save times inside step k."""
 
-        def at_time(consts, dense, aux):
+        def at_time(consts: list[Array], dense: bool, aux: PyTree[Array]):
             t0, t1, t = aux
             return _inexact(fn(consts, t0, t1, dense, t))
 
-        def last_time(index):
+        def last_time(index: Array):
             t = tapes.get(self.ts[j], jnp.maximum(index - 1, 0))
             return t, active & (index > 0) & (t > before)
 
-        def cond(carry):
+        def cond(carry: Any):
             return jnp.any(last_time(carry[0])[1])
 
         def body(carry: tuple[Array, PyTree, dict[int, Array]]):

@@ -5,7 +5,7 @@ writes the outputs that fall into it, and moves the lanes that accept it to its 
 reached its own end, or failed, is frozen: it is still computed, and the result thrown away.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
@@ -167,14 +167,14 @@ def _save(functions, start, c: ForwardCarry, step: Outcome, accept) -> ForwardCa
 def _save_at_times(functions, save: Save, ts, c: ForwardCarry, step: Outcome, accept, rows):
     """Interpolates to every requested time up to the end of the step."""
 
-    def next_time(index):
+    def next_time(index: Array):
         t = tapes.get(ts, jnp.minimum(index, save.times - 1))
         return t, accept & (index < save.times) & (t <= c.tnext)
 
-    def cond(rows):
+    def cond(rows: Any):
         return jnp.any(next_time(rows[0])[1])
 
-    def body(rows):
+    def body(rows: Any):
         index, saved_ts, saved_ys = rows
         t, due = next_time(index)
         # A lane with nothing due evaluates at the end of its step, where nothing can go wrong.

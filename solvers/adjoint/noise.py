@@ -117,7 +117,7 @@ class _StandIn(diffrax.AbstractBrownianPath):
     def __init__(self, path: BrownianInterval, answer: Callable[[Any, Any, bool], PyTree[Array]]):
         self.t0, self.t1, self.levy_area, self.answer = path.t0, path.t1, path.levy_area, answer
 
-    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+    def evaluate(self, t0: Array, t1: Any = None, left: Any = True, use_levy: bool = False):
         return self.answer(t0, t1, use_levy)
 
 
@@ -139,7 +139,7 @@ def _controls(terms: Terms, t0: Array, t1: Array) -> list[Any]:
 def _listening(path: BrownianInterval, heard: list[Any]) -> _StandIn:
     """Writes down what it is asked, and answers with zeros."""
 
-    def answer(t0, t1, use_levy):
+    def answer(t0: Array, t1: Array, use_levy: bool):
         heard.append((t0, t1, use_levy))
         increment = jax.eval_shape(lambda: path.evaluate(t0, t1, use_levy=use_levy))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), increment)

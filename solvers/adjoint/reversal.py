@@ -81,10 +81,12 @@ def trace_reversal(
         jump = when.made_jump if jumps else False
         return StepInput(terms, when.t0, when.t1, args, when.control, jump)
 
-    def control(t0, t1, increments):
+    def control(t0: Array, t1: Array, increments: PyTree[Array]):
         return StepInput.over(traced.knowing(increments).terms, t0, t1, args).control
 
-    def retreat(members, t0, t1, made_jump, increments):
+    def retreat(
+        members: PyTree[Array], t0: Array, t1: Array, made_jump: Any, increments: PyTree[Array]
+    ):
         when = When(t0, t1, made_jump, control(t0, t1, increments))
         return solver.inverse(step_of(when), members)[0]
 
@@ -114,13 +116,13 @@ class _Recorder:
         self.pool, self.step_of, self.when = pool, step_of, when
         self.functions: list[ClosedFunction] = []
 
-    def value(self, fn, x):
+    def value(self, fn: Callable, x: Array):
         of_leaves = lambda step, following, x: fn(self.step_of(step), self.step_of(following), x)
         closed = self.pool.convert(of_leaves, self.when, self.when, jax.eval_shape(lambda: x))
         self.functions.append(closed)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), closed.out)
 
-    def pull(self, fn, x, ct):
+    def pull(self, fn: Callable, x: Array, ct: PyTree[Array]):
         return self.value(fn, x), {}, trees.zeros_like(x)
 
 
@@ -138,18 +140,18 @@ class _LanePullback:
         self.functions, self.pullback, self.control = iter(functions), pullback, control
         self.step, self.following = step, following
 
-    def value(self, fn, x):
+    def value(self, fn: Callable, x: Array):
         del fn
         step, following = (w._replace(increments=()) for w in (self.step, self.following))
         return self.pullback.functions(next(self.functions), step, following, x)
 
-    def pull(self, fn, x, ct):
+    def pull(self, fn: Callable, x: Array, ct: PyTree[Array]):
         del fn
         closed, pullback = next(self.functions), self.pullback
         moving = any(i in pullback.wanted for i in self.control.uses)  # the control has a gradient
         controls = (self.step.control, self.following.control)
 
-        def evaluate(consts, x, aux):
+        def evaluate(consts: list[Array], x: Array, aux: PyTree[Array]):
             (x, controls), (step, following) = x if moving else (x, aux[2]), aux[:2]
             step = step._replace(control=controls[0])
             return closed(consts, step, following._replace(control=controls[1]), x)
@@ -203,7 +205,7 @@ def run_reversed(
         undone = lambda: reverse.chunk(jnp.zeros_like(most), most, end, ct)[1]
         return jax.lax.cond(most > 0, undone, lambda: ct)
 
-    def pull_chunk(i: Array, carry):
+    def pull_chunk(i: Array, carry: Any):
         end, ct, rows = carry
         k0 = every * ((most - 1) // every - i)
         length, here = jnp.minimum(every, most - k0), trail.steps > k0
@@ -276,7 +278,7 @@ class _ChunkReversal:
     def _undone(self, k0: Array, length: Array, end: PyTree[Array], ct: BackwardCarry):
         """Undoes a step, then pulls back through it as if it had been stored."""
 
-        def step(j, carry):
+        def step(j: Any, carry: Any):
             (y, others), ct = carry
             k = k0 + length - 1 - j
             t0, t1, jump = self.times(k)
@@ -300,7 +302,7 @@ class _ChunkReversal:
         # Nothing is pending there, so there is no jump to look at from its other side.
         following = following._replace(made_jump=jnp.zeros_like(following.made_jump))
 
-        def step(j, c: ChunkCarry) -> ChunkCarry:
+        def step(j: Any, c: ChunkCarry) -> ChunkCarry:
             k = k0 + length - 1 - j
             active = k < pullback.steps
             when, memory = self.when(k, c.memory)

@@ -139,15 +139,23 @@ class UnrolledStepper(AbstractStepper):
     def hands_over(self):
         return self.carries_last_stage
 
-    def state(self, passed):
+    def state(self, passed: PyTree[Array]):
         del passed  # what diffrax would hand over is the vector field at y0, and is evaluated again
         return None
 
-    def cache(self, t, y, state):
+    def cache(self, t: Array, y: PyTree[Array], state: PyTree[Array]):
         del state
         return self.terms.vf(t, y, self.args) if self.carries_last_stage else None
 
-    def attempt(self, t0, t1, y0, state, cache, made_jump):
+    def attempt(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        state: PyTree[Array],
+        cache: PyTree[Array],
+        made_jump: Any,
+    ):
         del state, made_jump  # after a jump the loop has refreshed the cache
         out = self.advance(t0, t1, y0, None, False, self.with_error, cache)
         return Attempt(
@@ -159,7 +167,16 @@ class UnrolledStepper(AbstractStepper):
             cache=out.cache,
         )
 
-    def advance(self, t0, t1, y0, state, made_jump, with_error, cache=None):
+    def advance(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        state: PyTree[Array],
+        made_jump: Any,
+        with_error: bool,
+        cache: PyTree[Array] = None,
+    ):
         del state, made_jump
         tableau, control = self.tableau, self.terms.contr(t0, t1)
         count = tableau.num_stages if with_error else explicit_rk.needed_stages(tableau)
@@ -173,7 +190,7 @@ class UnrolledStepper(AbstractStepper):
         cache = f_last if self.carries_last_stage else None
         return Advance(y1, None, y_error, ks, _dense(y0, y1, ks), cache)
 
-    def final_state(self, t, y, state):
+    def final_state(self, t: Array, y: PyTree[Array], state: PyTree[Array]):
         del state
         if self.carries_last_stage:
             return jnp.array(False), self.terms.vf(t, y, self.args)
@@ -196,10 +213,10 @@ class ReversibleStepper(AbstractStepper):
     terms: PyTree[diffrax.AbstractTerm]
     args: Any
 
-    def state(self, passed):
+    def state(self, passed: PyTree[Array]):
         return jax.tree.map(jnp.asarray, passed.others)
 
-    def cache(self, t, y, state):
+    def cache(self, t: Array, y: PyTree[Array], state: PyTree[Array]):
         return self.solver.refresh(
             self.terms, t, y, ReversibleState(state, None), self.args
         ).carried
@@ -211,7 +228,15 @@ class ReversibleStepper(AbstractStepper):
         info = self.solver.dense_info(step, members0, members1, records)
         return *self.solver.split(members1), records, info
 
-    def attempt(self, t0, t1, y0, state, cache, made_jump):
+    def attempt(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        state: PyTree[Array],
+        cache: PyTree[Array],
+        made_jump: Any,
+    ):
         y1, others, records, info = self._step(t0, t1, y0, state, cache, made_jump)
         cache = records[-1].field if self.solver.shared_ends else None
         return Attempt(
@@ -223,13 +248,22 @@ class ReversibleStepper(AbstractStepper):
             cache=cache,
         )
 
-    def advance(self, t0, t1, y0, state, made_jump, with_error, cache=None):
+    def advance(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        state: PyTree[Array],
+        made_jump: Any,
+        with_error: bool,
+        cache: PyTree[Array] = None,
+    ):
         y1, others, records, info = self._step(t0, t1, y0, state, None, made_jump)
         if not with_error:
             return Advance(y1, others)
         return Advance(y1, others, self.solver.error(records), None, info)
 
-    def final_state(self, t, y, state):
+    def final_state(self, t: Array, y: PyTree[Array], state: PyTree[Array]):
         return self.solver.refresh(self.terms, t, y, ReversibleState(state, None), self.args)
 
 
@@ -240,10 +274,10 @@ class SolverStepper(AbstractStepper):
     terms: PyTree[diffrax.AbstractTerm]
     args: Any
 
-    def state(self, passed):
+    def state(self, passed: PyTree[Array]):
         return jax.tree.map(jnp.asarray, passed)
 
-    def with_first_stage(self, t0, y0, state):
+    def with_first_stage(self, t0: Array, y0: PyTree[Array], state: PyTree[Array]):
         if not self._has_last_stage(state):
             return state
         # Where one lane begins, or begins anew, diffrax evaluates the first stage in all. In the others
@@ -260,7 +294,7 @@ class SolverStepper(AbstractStepper):
         implicit = issubclass(kind, diffrax.AbstractImplicitSolver)
         return implicit and issubclass(kind, diffrax.AbstractRungeKutta) and state is not None
 
-    def cache(self, t, y, state):
+    def cache(self, t: Array, y: PyTree[Array], state: PyTree[Array]):
         return None
 
     def _step(self, t0, t1, y0, state, made_jump):
@@ -270,7 +304,15 @@ class SolverStepper(AbstractStepper):
             made_jump = False
         return self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump)
 
-    def attempt(self, t0, t1, y0, state, cache, made_jump):
+    def attempt(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        state: PyTree[Array],
+        cache: PyTree[Array],
+        made_jump: Any,
+    ):
         y1, y_error, dense_info, state, result = self._step(t0, t1, y0, state, made_jump)
         return Attempt(
             y1=y1,
@@ -282,13 +324,22 @@ class SolverStepper(AbstractStepper):
             result=result,
         )
 
-    def advance(self, t0, t1, y0, state, made_jump, with_error, cache=None):
+    def advance(
+        self,
+        t0: Array,
+        t1: Array,
+        y0: PyTree[Array],
+        state: PyTree[Array],
+        made_jump: Any,
+        with_error: bool,
+        cache: PyTree[Array] = None,
+    ):
         y1, y_error, dense_info, state, _ = self._step(t0, t1, y0, state, made_jump)
         if not with_error:
             return Advance(y1, state)
         return Advance(y1, state, y_error, estimates.stages(dense_info), dense_info)
 
-    def final_state(self, t, y, state):
+    def final_state(self, t: Array, y: PyTree[Array], state: PyTree[Array]):
         return state
 
 

@@ -150,7 +150,17 @@ class _Steps:
         return with_terms(self.stepper, self.noise.known(increments))
 
     def attempt(
-        self, y, state, cache, made_jump, tprev, tnext, t1, floor, controller_state, increments
+        self,
+        y: PyTree[Array],
+        state: PyTree[Array],
+        cache: PyTree[Array],
+        made_jump: Any,
+        tprev: Array,
+        tnext: Array,
+        t1: Array,
+        floor: Array,
+        controller_state: PyTree[Array],
+        increments: PyTree[Array],
     ) -> Outcome:
         """Tries a step; the controller says whether it is accepted, and what comes next."""
         made_jump = made_jump if self.jumps else False
@@ -192,7 +202,15 @@ class _Steps:
             judged=judged,
         )
 
-    def advance(self, y, inner, t0, t1, made_jump, increments):
+    def advance(
+        self,
+        y: PyTree[Array],
+        inner: PyTree[Array],
+        t0: Array,
+        t1: Array,
+        made_jump: Any,
+        increments: PyTree[Array],
+    ):
         """The part of a step to differentiate."""
         state, cache = inner if self.hands_over else (inner, None)
         made_jump = made_jump if self.jumps else False
@@ -316,7 +334,7 @@ def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
     """Whether the controller never rejects a step, and whether it can announce a jump."""
     habits = []
 
-    def adapt(t0, t1, y, controller_state):
+    def adapt(t0: Array, t1: Array, y: PyTree[Array], controller_state: PyTree[Array]):
         accept, _, _, made_jump, *_ = controller.adapt_step_size(
             t0, t1, y, y, stepper.args, y, 1.0, controller_state
         )

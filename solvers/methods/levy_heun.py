@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from nde.solvers import trees
 from nde.solvers.brownian import SpaceSpaceLevyArea
@@ -80,10 +80,10 @@ class LevyHeun(AbstractDeclaring, diffrax.AbstractStratonovichSolver):
         h = drift.contr(t0, t1)
         noise = diffusion.contr(t0, t1, use_levy=True)
 
-        def increment(t, y):
+        def increment(t: Array, y: PyTree[Array]):
             return trees.add(drift.vf_prod(t, y, args, h), diffusion.vf_prod(t, y, args, noise.W))
 
-        def correction(channel, area):
+        def correction(channel, area: Any):
             # (D g_j) [sum_i g_i A_ij], with g_j picked by the unit vector of channel j.
             direction = diffusion.vf_prod(t0, y0, args, area)
             return jax.jvp(lambda y: diffusion.vf_prod(t0, y, args, channel), (y0,), (direction,))[

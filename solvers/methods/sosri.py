@@ -276,7 +276,7 @@ class SOSRI2(AbstractSRI):
 def _iterated_integrals(h, divisor, bm):
     """chi1, chi2, chi3, each with the structure of W. `divisor` is h, or 1 where that is 0."""
 
-    def leaf(w, area):
+    def leaf(w: Array, area: Any):
         dt, by = h.astype(w.dtype), divisor.astype(w.dtype)
         chi1 = (w * w - dt) / (2 * jnp.sqrt(by))
         return chi1, w / 2 + area, w * (w * w - 3 * dt) / (6 * by)
@@ -286,10 +286,10 @@ def _iterated_integrals(h, divisor, bm):
 
 
 def _check_diagonal(field, y0, noise, name) -> None:
-    def shapes(tree):
+    def shapes(tree: PyTree):
         return [jnp.shape(x) for x in jax.tree.leaves(tree)]
 
-    def in_words(shapes):
+    def in_words(shapes: Any):
         return str(shapes[0] if len(shapes) == 1 else shapes)
 
     channels = shapes(noise)
