@@ -59,6 +59,6 @@ def test_a_trial_run_of_the_digits(tmp_path, monkeypatch, capsys):
     assert found["recognised_real"] > 0.9 and 0 <= found["recognised"] <= 1
     assert 1.0 < found["bits"] < 20.0
     assert f"{found['bits']:.2f}" in capsys.readouterr().out
-    levels = jnp.arange(17.0)[:, None] * jnp.ones(64)
+    levels = jnp.arange(17.0)[:, None] * jnp.ones((1, 64))
     points = example.to_points(levels, jax.random.key(0))
     np.testing.assert_array_equal(example.to_levels(points), levels)
