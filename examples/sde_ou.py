@@ -159,7 +159,11 @@ def picture(samples, real):
         bins = np.linspace(real[:, -1].min(), real[:, -1].max(), 40)
         bottom.hist(real[:, -1, 0], bins, density=True, color="0.75")
         bottom.hist(
-            np.asarray(paths)[:, -1, 0], bins, density=True, histtype="step", color=COLORS[name]
+            np.clip(np.asarray(paths)[:, -1, 0], bins[0], bins[-1]),
+            bins,
+            density=True,
+            histtype="step",
+            color=COLORS[name],
         )
         bottom.set(xlabel="Y(63)", yticks=[])
     axes[0, 0].legend(frameon=False)

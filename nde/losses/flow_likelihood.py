@@ -60,5 +60,5 @@ def flow_likelihood(
 
 
 def _mean(values: Array, mask: Array) -> Float[Array, ""]:
-    values = values.astype(jnp.result_type(values, float))
+    values = values.astype(float)
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask, dtype=values.dtype)

@@ -50,6 +50,7 @@ def test_the_density_of_the_moons_is_that_of_their_points():
     assert abs(np.std(np.asarray(points)) - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_a_trial_run_of_the_digits(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     example = load("conditional_flow_digits")

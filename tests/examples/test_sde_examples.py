@@ -40,6 +40,7 @@ def test_every_loss_runs():
     assert set(results) == {"moments", "pairs", "signature", "GAN"}
 
 
+@pytest.mark.slow
 def test_the_indices_are_read_and_both_models_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example = load("stocks")
@@ -64,6 +65,7 @@ def test_the_filter_has_its_error_and_sees_no_future():
     assert abs(row["coverage"] - 0.9) < 0.02
 
 
+@pytest.mark.slow
 def test_the_forecast_beside_the_filter_runs():
     results = load("double_ou").main(2, plot=False, series=8, tested=8, batch=4, draws=4)
     assert np.isfinite(results["latent SDE"]["mse"])

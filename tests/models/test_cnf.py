@@ -150,6 +150,7 @@ def gradient_of(model, points):
     return eqx.filter_grad(values)(model)
 
 
+@pytest.mark.slow
 def test_a_reversible_flow_has_the_exact_gradient_in_constant_memory():
     points = X[None] + jnp.linspace(0.0, 1.0, 64)[:, None]
     got, want = (
@@ -168,6 +169,7 @@ def test_a_reversible_flow_has_the_exact_gradient_in_constant_memory():
     assert temporary(256) - temporary(16) <= 2 * 8 * len(points) * (256 - 16)
 
 
+@pytest.mark.slow
 def test_regularizers_are_those_of_the_same_solve():
     model = CNF(network(), Normal(3))
     kinetic = functools.partial(regularizers.kinetic, energy=1.0, jacobian=0.0)

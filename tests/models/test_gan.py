@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import nde
 from nde import gan
@@ -58,6 +59,7 @@ def test_padding_does_not_change_a_score():
     np.testing.assert_allclose(critic(*padded), critic(TS, ys), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_two_losses_oppose_and_find_a_drift():
     """The critic alone learns to tell the paths apart; then the generator moves towards the data."""
     model, data = pair(), batch(2.0)

@@ -110,6 +110,7 @@ def test_parameters_that_explain_the_same_are_named():
         nde.least_squares(both, measured(0))
 
 
+@pytest.mark.slow
 def test_missing_values_are_left_out():
     ts, ys = measured(0)
     holes = ys.at[0, 5].set(jnp.nan)

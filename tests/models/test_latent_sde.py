@@ -147,7 +147,7 @@ def by_hand(model, ts, ys, key, low_variance):
     return kl - total
 
 
-@pytest.mark.parametrize("low_variance", [False, True])
+@pytest.mark.parametrize("low_variance", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gradient_of_the_simulated_bound_is_that_of_its_steps(low_variance):
     model = small(steps_per_interval=2)
     bound = lambda model: -model.evidence(TS, YS, low_variance=low_variance, key=KEY).elbo()

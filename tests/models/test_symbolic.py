@@ -63,7 +63,7 @@ def naive(expression, x, v):
             if not math.isfinite(stack[-1]):
                 return math.nan
         else:
-            stack.append(next(numbers) if token == "#" else {"x": x, "v": v}[token])
+            stack.append(next(numbers) if token == "#" else {"x": float(x), "v": float(v)}[token])
     return stack[0]
 
 

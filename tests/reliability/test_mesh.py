@@ -216,6 +216,7 @@ def processes(folder):
     return [{a: b for a, _, b in found if a in names} for found in lines], outs
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_of_one(tmp_path):
     """Equality, a run that is continued, and failures, in one start of two processes."""
     (first, second), outs = processes(tmp_path)
