@@ -289,10 +289,10 @@ BAD = {
         lambda: with_shape((2, 3), "general", solver=SOSRI())(TS, TWO, key=KEY),
         ["SOSRI needs diagonal noise", "`diffusion`"],
     ),
-    "no key": (lambda: growth("ito")(TS, TWO, key=None), ["`key` is None", "random key"]),
+    "no key": (lambda: growth("ito")(TS, TWO, key=None), ["`key` is None", "jax.random.key(0)"]),
     "keys": (
         lambda: generator()(TS, jnp.ones(1), key=jax.random.split(KEY, 2)),
-        ["`key` is a batch", "one key"],
+        ["`key` is an array of shape (2,)", "one key"],
     ),
     "type": (lambda: with_shape((2,), "diag"), ["`noise_type` is 'diag'", '"diagonal"']),
     "calculus": (lambda: growth("strat"), ["`calculus` is 'strat'", '"stratonovich"']),
