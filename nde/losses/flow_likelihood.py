@@ -5,10 +5,10 @@ from typing import Any
 
 import diffrax
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from nde.losses.matching import points_of
+from nde.losses.squared_error import mean_that_counts
 
 
 def flow_likelihood(
@@ -48,17 +48,12 @@ def flow_likelihood(
     results = found.solution.result
     failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed
-    metrics: dict[str, Any] = {"failed": _mean(failed, batch.mask), "result": results}
+    metrics: dict[str, Any] = {"failed": mean_that_counts(failed, batch.mask), "result": results}
     if "nfe" in found.solution.stats:
-        metrics["nfe"] = _mean(found.solution.stats["nfe"], batch.mask)
-    loss = -_mean(found.value, counts)
+        metrics["nfe"] = mean_that_counts(found.solution.stats["nfe"], batch.mask)
+    loss = -mean_that_counts(found.value, counts)
     if regularizer is not None:
-        metrics["penalty"] = _mean(found.penalty, counts)
+        metrics["penalty"] = mean_that_counts(found.penalty, counts)
         weight = coefficient(batch.step) if callable(coefficient) else coefficient
         loss = loss + weight * metrics["penalty"]
     return loss, metrics
-
-
-def _mean(values: Array, mask: Array) -> Float[Array, ""]:
-    values = values.astype(float)
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask, dtype=values.dtype)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from nde._inputs import check_callable
 from nde.losses.horizon import growing_horizon
 from nde.losses.series import which_count
-from nde.losses.squared_error import broadcast_mask, mse
+from nde.losses.squared_error import broadcast_mask, mean_that_counts, mse
 
 
 def trajectory(
@@ -102,14 +102,14 @@ def trajectory(
     predicted, results, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys)
     failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed
-    metrics: dict[str, Any] = {"failed": _mean(failed, batch.mask), "result": results}
+    metrics: dict[str, Any] = {"failed": mean_that_counts(failed, batch.mask), "result": results}
     if "nfe" in stats:
-        metrics["nfe"] = _mean(stats["nfe"], batch.mask)
+        metrics["nfe"] = mean_that_counts(stats["nfe"], batch.mask)
     mask = observed & broadcast_mask(counts, observed)
     loss = error(predicted[:, 1:], ys[:, 1:], mask[:, 1:])
     metrics["weight"] = jnp.sum(mask[:, 1:], dtype=float)
     if regularizer is not None:
-        metrics["penalty"] = _mean(penalties, counts)
+        metrics["penalty"] = mean_that_counts(penalties, counts)
         weight = coefficient(batch.step) if callable(coefficient) else coefficient
         weight = weight * batch.weights.get("penalty", 1.0)
         loss = loss + weight * metrics["penalty"]
@@ -142,8 +142,3 @@ def series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]:
             "to start from; or learn the start, with a loss of (model, y0).",
         )
     return ts, ys, observed
-
-
-def _mean(values: Array, mask: Bool[Array, " examples"]) -> Float[Array, ""]:
-    values = values.astype(float)
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask, dtype=float)
