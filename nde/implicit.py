@@ -161,9 +161,14 @@ def fixed_point(
         solver = optimistix.FixedPointIteration(tolerance, tolerance) if solver is None else solver
         inputs = (fixed, args) if isinstance(gradient, Implicit) else _stopped((fixed, args))
         found = optimistix.fixed_point(
-            inputs[0], solver, _stopped(z0), inputs[1], max_steps=max_steps, throw=False,
+            inputs[0],
+            solver,
+            _stopped(z0),
+            inputs[1],
+            max_steps=max_steps,
+            throw=False,
             adjoint=_adjoint(gradient, z0),
-        )  # fmt: skip
+        )
         value = _refined(gradient, fixed, found.value, args)
         steps = found.stats["num_steps"]
         converged = (found.result == optimistix.RESULTS.successful) & _all_finite(value)

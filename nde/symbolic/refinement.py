@@ -112,9 +112,11 @@ def refine(
         )
     chosen = _joint_front(fronts)[:candidates]
     language = _language_of(chosen)
-    fit = eqx.filter_jit(lambda codes, constants: _fitted(
-        make_model, language, codes, constants, ts, y0s, ys, args, steps
-    ))  # fmt: skip
+    fit = eqx.filter_jit(
+        lambda codes, constants: _fitted(
+            make_model, language, codes, constants, ts, y0s, ys, args, steps
+        )
+    )
     fields, losses = [], []
     for expressions in chosen:
         tapes = [to_tape(language, expression) for expression in expressions]

@@ -104,9 +104,14 @@ def search(
         data = (jnp.asarray(x), jnp.asarray(target))
         limit = None if seconds is None else seconds / len(y)
         state = _evolve(
-            settings, data, jax.random.fold_in(key, number), generations, limit, tolerance,
+            settings,
+            data,
+            jax.random.fold_in(key, number),
+            generations,
+            limit,
+            tolerance,
             f"output {number + 1} of {len(y)}" if progress else None,
-        )  # fmt: skip
+        )
         fronts.append(_front(language, state, float(np.var(target))))
     return tuple(fronts)
 

@@ -123,7 +123,7 @@ class _ReversedSolve(AbstractSolve):
     ):
         every = None if every is None else min(every, max_steps)
         self._reversal, self._every = reversal, every
-        self.examines = certify
+        self.examine = self._certify if certify else None
         super().__init__(traced, start, max_steps)
 
     def plan(self) -> tapes.Every:
@@ -140,11 +140,9 @@ class _ReversedSolve(AbstractSolve):
     ) -> BackwardCarry:
         return run_reversed(functions, self._reversal, ts, trail, cts, wanted, self._every)
 
-    def examine(
+    def _certify(
         self, functions: LaneFunctions, start: Start, out: ForwardCarry
     ) -> dict[str, Array]:
-        if not self.examines:
-            return {}
         drift, split = certificate(functions, self._reversal, start, out, self._every)
         return {"drift": drift, "split": split}
 

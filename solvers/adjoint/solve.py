@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from nde.solvers.adjoint.backward import BackwardCarry, Cotangents
 from nde.solvers.adjoint.forward import ForwardCarry, initial_carry, run_forward
@@ -30,7 +30,8 @@ class AbstractSolve(abc.ABC):
 
     adjoint: ClassVar[str]  # for error messages
     keeps_end: ClassVar[bool]  # whether the backward loop begins with the last state
-    examines: bool = False  # whether `examine` reads the tape
+    # What there is to say about a solve, lane by lane, off its tape.
+    examine: Callable[[LaneFunctions, Start, ForwardCarry], dict[str, Array]] | None = None
 
     def __init__(self, traced: Traced, start: Start, max_steps: int):
         self.traced, self.max_steps = traced, max_steps
@@ -113,11 +114,6 @@ class AbstractSolve(abc.ABC):
         ct_start = jax.tree.map(lambda _: None, args)._replace(y=out.y, state=out.inner)
         return cleared(residuals.steps > 0, out.consts, lanes), ct_start
 
-    def examine(self, functions: LaneFunctions, start: Start, out: ForwardCarry) -> PyTree[Array]:
-        """What there is to say about a solve, lane by lane."""
-        del functions, start, out
-        return ()
-
     def _solved(
         self,
         lanes: Lanes,
@@ -127,10 +123,11 @@ class AbstractSolve(abc.ABC):
         loop: Callable[..., ForwardCarry],
     ) -> tuple[ForwardCarry, Trail | None]:
         start = start._replace(ts=_row_by_row(start.ts))
-        plan = self.plan() if record or self.examines else None
+        plan = self.plan() if record or self.examine is not None else None
         functions = LaneFunctions(self.traced, lanes, consts)
         out = loop(functions, start, self.max_steps, plan)
-        out = out._replace(extra=self.examine(functions, start, out))
+        if self.examine is not None:
+            out = out._replace(extra=self.examine(functions, start, out))
         if not record or out.tape is None:
             return out._replace(tape=None), None
         steps = jnp.where(out.result == 0, out.accepted, -1)

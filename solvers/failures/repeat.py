@@ -98,11 +98,20 @@ class Problem:
         """Repeats the solve, keeping its last state and the times of its steps."""
         subs = [diffrax.SubSaveAt(t1=True), diffrax.SubSaveAt(steps=True, fn=_time)]
         solution: Any = diffrax.diffeqsolve(
-            self.terms, self.solver, self.t0, self.t1, self.dt0, self.y0, self.args,
-            saveat=diffrax.SaveAt(subs=subs), adjoint=DiscreteAdjoint(), max_steps=self.max_steps,
-            stepsize_controller=_map_adaptive(self.controller, _with_arrays), throw=False,
+            self.terms,
+            self.solver,
+            self.t0,
+            self.t1,
+            self.dt0,
+            self.y0,
+            self.args,
+            saveat=diffrax.SaveAt(subs=subs),
+            adjoint=DiscreteAdjoint(),
+            max_steps=self.max_steps,
+            stepsize_controller=_map_adaptive(self.controller, _with_arrays),
+            throw=False,
             **self.options,
-        )  # fmt: skip
+        )
         (t, *_), times = solution.ts
         accepted = int(solution.stats["num_accepted_steps"])
         times = np.concatenate([np.asarray(self.t0)[None], np.asarray(times)[:accepted]])

@@ -151,9 +151,15 @@ class Hypersolver(AbstractDeclaring, diffrax.AbstractSolver):
             R, shaped like the state.
         """
         flow = diffrax.diffeqsolve(
-            terms, diffrax.Tsit5(), t0, t1, None, y0, args,
+            terms,
+            diffrax.Tsit5(),
+            t0,
+            t1,
+            None,
+            y0,
+            args,
             stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-        )  # fmt: skip
+        )
         state = self.base.init(terms, t0, t1, y0, args)
         y1 = self.base.step(terms, t0, t1, y0, args, state, True)[0]
         power = (t1 - t0) ** (self._order(terms) + 1)
