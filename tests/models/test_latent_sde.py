@@ -200,7 +200,7 @@ def test_the_gradient_sticks_where_the_posterior_is_right():
 
     values, gradients = bounds(True, jax.random.split(KEY, 64))
     exact = jax.scipy.stats.norm.logpdf(1.5, 0.0, jnp.sqrt(1 + std**2))
-    assert np.all(np.abs(values - exact) < 0.1)
+    assert np.std(values) < 0.2 and abs(np.mean(values) - exact) < 0.05
     _, plain = bounds(False, jax.random.split(KEY, 64))
     assert jnp.std(gradients) < jnp.std(plain) / 20
 
