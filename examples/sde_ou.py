@@ -80,10 +80,10 @@ SCORES = {
     "moments": functools.partial(losses.moments, lags=(1, 4)),
     "pairs": functools.partial(losses.finite_dimensional_score, draws=8),
     "signature": functools.partial(
-        losses.signature_score, static_kernel=losses.RBF(1.0), dyadic_order=0, scalings=(1.0, 4.0)
+        losses.signature_score, static_kernel=losses.RBF(1.0), dyadic_order=0
     ),
 }
-BATCH = {"moments": 512, "pairs": 256, "signature": 64, "GAN": 256}
+BATCH = {"moments": 256, "pairs": 256, "signature": 32, "GAN": 256}
 
 
 def train(name, sample, *, steps, seed):

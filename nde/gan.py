@@ -129,7 +129,7 @@ def generator_loss(
 
 def _scores(model, batch, key, args, name):
     ts, ys, _ = as_series(batch.data, name)
-    fake = draw(model["generator"], ts, args, key)
+    fake = draw(model["generator"], ts, args, batch.example_keys(key))
     score = jax.vmap(model["critic"])
     return score(ts, ys), score(ts, fake), batch.mask
 

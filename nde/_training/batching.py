@@ -75,6 +75,10 @@ class Batch(eqx.Module):
         self.weights = dict(weights or {})
         self.training = training
 
+    def example_keys(self, key: PRNGKeyArray) -> Key[Array, " batch"]:
+        """`keys`, or new ones made of `key` where there are none."""
+        return jax.random.split(key, self.mask.shape[0]) if self.keys is None else self.keys
+
 
 @dataclass(frozen=True)
 class ArrayRows:

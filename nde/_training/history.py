@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from nde._training.packing import Packed
+
 MOST_FAILED = 0.1  # of the solves of a batch
 HIDDEN = ("reason", "skips", "result", "alarm")  # looked at once, and not kept
 
@@ -110,7 +112,7 @@ class Reports:
     """Collects what the compiled steps return, and waits for the device only in `fetch`."""
 
     def __init__(self, steps: int, progress: bool):
-        self.pending: list[dict[str, Any]] = []
+        self.pending: list[tuple[list[Packed], dict[str, int]]] = []
         self.before: dict[str, np.ndarray] = {}  # the columns of a run that is continued
         self.records: list[dict[str, np.ndarray]] = []  # since then
         self.times: list[float] = []
@@ -144,14 +146,19 @@ class Reports:
         """Leave out of the clock what the last seconds were spent on."""
         self.began += seconds
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Keep the record of one more step, on the device."""
-        self.pending.append(record)
+    def add(self, reported: list[Packed], numbers: dict[str, int]) -> None:
+        """Keep what one more step reported, on the device, and numbers that the host knows."""
+        self.pending.append((reported, numbers))
 
     def fetch(self) -> list[tuple[int, dict[str, np.ndarray]]]:
         """Bring the pending records to the host: pairs of step and record."""
-        first, fetched = self.length, jax.device_get(self.pending)
-        self.pending = []
+        first, pending = self.length, jax.device_get(self.pending)
+        self.pending, fetched = [], []
+        for reported, numbers in pending:
+            record = {name: np.int32(number) for name, number in numbers.items()}
+            for packed in reported:
+                record |= packed.unpacked()
+            fetched.append(record)
         last = self.times[-1] if self.times else float(self.before.get("seconds", [0.0])[-1])
         now = max(last, time.perf_counter() - self.began)
         self.times += np.linspace(last, now, len(fetched) + 1)[1:].tolist()

@@ -20,6 +20,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from nde._training.batching import ArrayBatches, IteratorBatches
 from nde._training.history import History, Reports
 from nde._training.options import Average, Settings, Stage, Turn, Validation
+from nde._training.packing import Packed
 from nde._training.program import Programs
 from nde._training.ragged import RaggedBatches
 from nde._training.resume import Checkpoint
@@ -97,16 +98,18 @@ class _Run:
             mesh=job.mesh,
             starts=starts,
         )
-        self.programs = Programs(self.problem)
         self.settings = Settings(job.stages, parts.stage_masks)
         self.order = [i for i, turn in enumerate(job.turns) for _ in range(turn.steps)]
         self.first_steps = {self.order.index(i) for i in range(len(job.turns))}
         self.reports = Reports(job.steps, job.progress)
-        self.compile_seconds, self.compiled, self.stopped = 0.0, set(), False
+        self.trained = [eqx.filter(parts.params, mask) for mask in parts.turn_masks]
+        self.compile_seconds, self.stopped = 0.0, False
+        self.compiled: dict[Any, Callable] = {}
         make = lambda params: initial_state(self.problem, params)
         state = jax.vmap(make)(parts.params) if starts else make(parts.params)
-        self.state: State = state
-        self.good, self.begin = state, 0
+        self.programs = Programs(self.problem, state, parts.fixed)
+        self.leaves, self.tree = jax.tree.flatten(state)
+        self.good, self.begin = self.leaves, 0
         self.alarm: Exception | None = None  # what ends this process at the next report
         self.last_payload: PyTree = None
 
@@ -118,8 +121,8 @@ class _Run:
             models = (
                 PartitionSpec(job.mesh.axis_names) if self.problem.starts and job.mesh else None
             )
-            self.state = self._place(self.state, models)
-            self.fixed = self._place(self.parts.fixed, models)
+            self.leaves = self._place(self.leaves, models)
+            self.fixed = self._place(jax.tree.leaves(self.parts.fixed), models)
             self._move_data()
             self.reports.begin()
             if not self.stopped:
@@ -154,20 +157,20 @@ class _Run:
         rows = job.batches.rows(index)
         payload = self._payload(index, rows)
         setting = self.settings.at(index)
-        self.state, record = self._call(
+        self.leaves, report = self._call(
             (turn, rows),
             lambda: self.programs.step(turn, rows),
-            (self.state, self.fixed, payload, np.int32(index), self.key, setting),
+            (self.leaves, self.fixed, payload, np.int32(index), self.key, setting),
         )
-        record = dict(record)
+        reported, numbers = [report], {}
         if len(job.turns) > 1:
-            record["turn"] = np.int32(turn)
+            numbers["turn"] = turn
         if len(job.stages) > 1:
-            record["stage"] = np.int32(self.settings.number_at(index))
+            numbers["stage"] = self.settings.number_at(index)
         last = index + 1 == job.steps
         if job.validation is not None and (last or (index + 1) % job.validation.every == 0):
-            record |= self._validate(index, setting)
-        self.reports.add(record)
+            reported.append(self._validate(index, setting))
+        self.reports.add(reported, numbers)
         saves = job.checkpoint is not None and (last or (index + 1) % job.checkpoint.every == 0)
         cadence = max(10, job.steps // 100)
         if last or saves or index == self.begin or (index + 1) % cadence == 0:
@@ -175,27 +178,27 @@ class _Run:
             if saves or (self.stopped and job.checkpoint is not None):
                 self._save()
 
-    def _validate(self, index: int, setting: dict[str, Any]) -> dict[str, Any]:
+    def _validate(self, index: int, setting: dict[str, Any]) -> Packed:
         validated: Any = self.job.validated
         rows = validated.rows(0)
-        self.state, record = self._call(
+        self.leaves, report = self._call(
             ("validation", rows),
             lambda: self.programs.validation(rows),
             (
-                *(self.state, self.fixed, self._divided(validated.payload(0), rows)),
+                *(self.leaves, self.fixed, self._divided(validated.payload(0), rows)),
                 *(np.int32(index), self.validation_key, setting),
             ),
         )
-        return dict(record)
+        return report
 
     def _call(self, name: Any, program: Callable, arguments: tuple) -> Any:
         """Call a program; what its first call takes is compiling."""
         if name in self.compiled:
-            return program()(*arguments)
+            return self.compiled[name](*arguments)
         began = time.perf_counter()
-        out = program()(*arguments)
+        self.compiled[name] = program()
+        out = self.compiled[name](*arguments)
         seconds = time.perf_counter() - began
-        self.compiled.add(name)
         self.compile_seconds += seconds
         self.reports.pause(seconds)
         return out
@@ -210,8 +213,7 @@ class _Run:
             if np.all(record["ended"]):
                 self.stopped = True
                 break
-            mask = self.parts.turn_masks[self.order[index % len(self.order)]]
-            params = eqx.filter(self.parts.params, mask)
+            params = self.trained[self.order[index % len(self.order)]]
             if record.get("alarm", 0) > 0:
                 raise self.alarm or RuntimeError(
                     "Another process ended the training of all; its own error says why."
@@ -226,7 +228,12 @@ class _Run:
             self.problem.patience and np.all(np.asarray(self.state.ended))
         )
         self.reports.drop_ended()
-        self.good = self.state
+        self.good = self.leaves
+
+    @property
+    def state(self) -> State:
+        """The state of the training, from its leaves."""
+        return self.tree.unflatten(self.leaves)
 
     def _restore(self) -> None:
         checkpoint = self.job.checkpoint
@@ -235,8 +242,8 @@ class _Run:
         checkpoint.check()
         if not checkpoint.path.exists():
             return
-        self.state, columns, self.begin = checkpoint.read(self.state)
-        self.good = self.state
+        state, columns, self.begin = checkpoint.read(self.state)
+        self.leaves = self.good = self.tree.flatten_up_to(state)
         self.reports.restore(columns)
         if isinstance(self.job.batches, IteratorBatches):
             self.job.batches.skip(self.begin)
@@ -258,8 +265,9 @@ class _Run:
             )
         with contextlib.suppress(Exception):  # where a step itself broke, there is nothing to fetch
             self.reports.fetch()
-            self.good = self.state
-        params = self.good.params if self.good.average is None else self.good.average
+            self.good = self.leaves
+        good: State = self.tree.unflatten(self.good)
+        params = good.params if good.average is None else good.average
         if self.job.mesh is not None:
             params = jax.tree.map(_on_host, params)
         model = eqx.combine(params, self.parts.fixed, self.parts.static)

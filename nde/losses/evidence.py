@@ -77,7 +77,7 @@ def _loss(
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     ts, ys, observed = as_series(batch.data, name)
     ys = jnp.where(observed, ys, jnp.nan)
-    parts = jax.vmap(one)(ts, ys, jax.random.split(key, ts.shape[0]))
+    parts = jax.vmap(one)(ts, ys, batch.example_keys(key))
     weight = kl_weight(batch.step) if callable(kl_weight) else kl_weight
     weight = jnp.asarray(weight, parts.kl_path.dtype)  # schedules have a precision of their own
     mean = lambda x: jnp.sum(jnp.where(batch.mask, x, 0.0)) / jnp.sum(batch.mask, dtype=x.dtype)

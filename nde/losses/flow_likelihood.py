@@ -44,7 +44,7 @@ def flow_likelihood(
         x, args, key=key, regularizer=regularizer, throw=False
     )
     axes = (0, None if args is None else 0, 0)
-    found = jax.vmap(solve, in_axes=axes)(x, args, jax.random.split(key, len(x)))
+    found = jax.vmap(solve, in_axes=axes)(x, args, batch.example_keys(key))
     results = found.solution.result
     failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from nde.losses.finite_dimensional import finite_dimensional_score
 from nde.losses.series import as_series
@@ -41,16 +41,19 @@ def path_score(
     ts, ys, observed = as_series(batch.data, "path_score")
     observed = jnp.all(observed, axis=2) & batch.mask[:, None]
     for_paths, for_score = jax.random.split(key)
-    drawn = draw(model, ts, args, for_paths)
+    drawn = draw(model, ts, args, batch.example_keys(for_paths))
     return score(ts, drawn, ys, mask=observed, key=for_score)
 
 
 def draw(
-    model: Any, ts: Float[Array, "examples times"], args: PyTree[Any], key: PRNGKeyArray
+    model: Any,
+    ts: Float[Array, "examples times"],
+    args: PyTree[Any],
+    keys: Key[Array, " examples"],
 ) -> Float[Array, "examples times channels"]:
     """One path per row of times."""
 
     def path(ts: Array, key: PRNGKeyArray) -> Array:
         return model(ts, key=key) if args is None else model(ts, args, key=key)
 
-    return jax.vmap(path)(ts, jax.random.split(key, ts.shape[0]))
+    return jax.vmap(path)(ts, keys)

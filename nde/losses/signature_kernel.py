@@ -308,8 +308,9 @@ class _Sweep(eqx.Module):
         if self.static_kernel is None:
             dx, dy = x[..., 1:] - x[..., :-1], y[..., :-1] - y[..., 1:]
             return functools.reduce(jnp.add, [dx[c] * dy[c] for c in range(x.shape[0])])
-        kappa, x1, x0, y1, y0 = self.static_kernel, x[..., 1:], x[..., :-1], y[..., :-1], y[..., 1:]
-        return kappa(x1, y1) - kappa(x1, y0) - kappa(x0, y1) + kappa(x0, y0)
+        kappa, along = self.static_kernel, self.static_kernel(x, y)  # of nodes (i, E + 1 - i)
+        corner, start = kappa(x[..., 1:], y[..., :-1]), kappa(x[..., :-1], y[..., 1:])
+        return corner - along[..., 1:] - along[..., :-1] + start
 
     def refined(self, cells: Cells, before: Cells, s: int) -> Float[Array, "xs ys nodes"]:
         """D of the cut cells on antidiagonal R E + s: those in the first s + 1 columns of a whole cell

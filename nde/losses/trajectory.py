@@ -78,11 +78,9 @@ def trajectory(
         check_callable("horizon", horizon, "(step)")
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout}; it is a share of the times, in [0, 1).")
-    fraction, keys = batch.horizon, batch.keys
+    fraction, keys = batch.horizon, batch.example_keys(key)
     if horizon is not None:
         fraction = horizon(batch.step)
-    if keys is None:
-        keys = jax.random.split(key, ts.shape[0])
     if not batch.training:
         fraction, regularizer, dropout = None, None, 0.0
     if dropout:
