@@ -34,7 +34,7 @@ from nde import gan, losses
 from nde.solvers import ReversibleHeun
 
 TIMES = np.arange(0.0, 64.0, 3.0)
-END, SCALE = 63.0, 5.0  # one unit of time and of value for the networks
+END, UNIT, SCALE = 63.0, 10.0, 5.0  # one unit of time and of value for the networks
 LOOK = (2, 6, 10, 15, 21)  # indices of the times at which marginals are compared: 6 .. 63
 HIDDEN, WIDTH, NOISE = 8, 16, 3
 COLORS = {"moments": "#EE7733", "pairs": "#4477AA", "signature": "#228833", "GAN": "#AA3377"}
@@ -56,12 +56,11 @@ def process(seed, paths):
 
 
 def generator(key):
-    """First layer wide, fields small: the untrained paths start as spread as the data, and move little."""
+    """Networks of one hidden layer; the state has more entries than are read out."""
     keys = jax.random.split(key, 4)
-    options = dict(time=True, activation=gan.lipswish, last_layer_scale=0.5)
-    initial = eqx.nn.MLP(5, HIDDEN, WIDTH, 1, gan.lipswish, key=keys[0])
+    options = dict(time=True, activation=gan.lipswish)
     return nde.NeuralSDE(
-        jax.tree.map(lambda x: 3 * x if eqx.is_inexact_array(x) else x, initial),
+        eqx.nn.MLP(5, HIDDEN, WIDTH, 1, gan.lipswish, key=keys[0]),
         nde.fields.MLPField(HIDDEN, WIDTH, 1, key=keys[1], **options),
         nde.fields.MatrixField(HIDDEN, NOISE, WIDTH, 1, key=keys[2], **options),
         eqx.nn.Linear(HIDDEN, 1, key=keys[3]),
@@ -72,7 +71,7 @@ def generator(key):
 
 def data(seed, paths):
     """Times and values in the units of the networks, shapes (paths, times) and (paths, times, 1)."""
-    ts = jnp.asarray(TIMES / END, dtype=float)
+    ts = jnp.asarray(TIMES / UNIT, dtype=float)
     return jnp.tile(ts, (paths, 1)), jnp.asarray(process(seed, paths) / SCALE, dtype=float)
 
 
@@ -84,11 +83,12 @@ SCORES = {
     ),
 }
 BATCH = {"moments": 256, "pairs": 256, "signature": 32, "GAN": 256}
+SHARE = {"moments": 1.0, "pairs": 1.0, "signature": 0.25, "GAN": 3.0}  # of the steps, for like seconds
 
 
 def train(name, sample, *, steps, seed):
     """A generator trained by one loss, and the seconds that its steps took."""
-    model = generator(jax.random.key(seed))
+    model, steps = generator(jax.random.key(seed)), max(2, round(SHARE[name] * steps))
     options = dict(batch_size=min(BATCH[name], len(sample[0])), progress=False)
     key = jax.random.key(seed + 1)
     if name == "GAN":
@@ -118,7 +118,7 @@ def train_gan(model, sample, *, steps, key, **options):
 @eqx.filter_jit
 def draw(model, key, paths):
     """Paths of a model in the units of the data, shape (paths, times, 1)."""
-    ts = jnp.asarray(TIMES / END, dtype=float)
+    ts = jnp.asarray(TIMES / UNIT, dtype=float)
     return SCALE * jax.vmap(lambda key: model(ts, key=key))(jax.random.split(key, paths))
 
 
