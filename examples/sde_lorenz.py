@@ -9,7 +9,8 @@ two ways to the same evidence lower bound:
 - **matched**: the posterior is given by its marginals, and nothing is solved (SDE Matching).
 
 Both are judged by the simulated bound of series that were held out, in nats per series, and by their
-priors, which should draw Lorenz paths.
+priors, which should draw Lorenz paths. The first is judged with the steps that it was trained with, whose
+error its drift makes good; the second never saw a step, and is judged with finer ones.
 
 *Gotcha: time is rescaled in the encoder (`time_scale`), not in the equation: the integral of the
 divergence is over the time of the equation, and the factor T in front of its mean is that time.*
@@ -18,6 +19,7 @@ Source: X. Li et al., Scalable Gradients for Stochastic Differential Equations (
 SDE Matching (2025) | arXiv:2502.02472
 """
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -34,6 +36,10 @@ TIMES = np.linspace(0.0, 1.0, 41)
 A, B = (10.0, 28.0, 8 / 3), 0.15
 LATENT, HIDDEN, CONTEXT = 4, 64, 32
 STD = 0.05  # noise of an observation, in standard deviations of the data
+STEPS = {
+    "simulated": 2,
+    "matched": 16,
+}  # per interval when judged: matching learns without any steps
 COLORS = {"simulated": "#4477AA", "matched": "#228833"}
 
 
@@ -154,7 +160,7 @@ def picture(models, histories, ys):
         curve = bound_in_training(history)
         seconds = np.linspace(0, history.seconds, len(curve))
         axes[0].plot(seconds, curve, color=COLORS[name], label=name)
-    axes[0].set(xlabel="seconds of training", ylabel="bound, nats per series", ylim=(-500, None))
+    axes[0].set(xlabel="seconds of training", ylabel="bound, nats per series", ylim=(-500, 250))
     axes[0].legend(frameon=False)
     drawn = {name: draw(model, jax.random.key(3), 40) for name, model in models.items()}
     for ax, (name, paths) in zip(axes[1:], ({"data": ys[:40]} | drawn).items(), strict=False):
@@ -189,8 +195,9 @@ def main(
     """Train in both ways, print the table, save the picture; the rows of the table by name."""
     data, held_out = data_of(simulate(seed, series)), data_of(simulate(seed + 1000, judged))
     models, histories, results = {}, {}, {}
-    for kind, more in (("simulated", 1), ("matched", 2)):
-        model, history = train(kind, data, steps=more * steps, batch=batch, seed=seed)
+    for kind in ("simulated", "matched"):
+        model, history = train(kind, data, steps=steps, batch=batch, seed=seed)
+        model = dataclasses.replace(model, steps_per_interval=STEPS[kind])
         models[kind], histories[kind] = model, history
         values = np.asarray(bound(model, *held_out, jax.random.key(seed + 2)))
         drawn = np.asarray(draw(model, jax.random.key(seed + 3), judged))
@@ -200,7 +207,7 @@ def main(
             "error": float(values.std() / np.sqrt(len(values))),
             "ks": float(np.median(test.statistic)),
             "seconds": history.seconds,
-            "steps": more * steps,
+            "steps": steps,
         }
     print(table(results))
     if plot:
@@ -208,8 +215,10 @@ def main(
     return results
 
 
-# *What to take away*: where the simulation is most of the cost, matching marginals trains the same prior
-# for less. *Next*: a score in place of a likelihood, `sde_ou.py`.
+# *What to take away*: both ways train the same prior. A step that simulates nothing is cheaper by what the
+# simulation takes; here 80 steps of four entries take less than the encoder, and simulation comes
+# out ahead in equal time. Matching is for long or stiff paths.
+# *Next*: a score in place of a likelihood, `sde_ou.py`.
 
 if __name__ == "__main__":
     main()

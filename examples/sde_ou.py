@@ -83,7 +83,12 @@ SCORES = {
     ),
 }
 BATCH = {"moments": 256, "pairs": 256, "signature": 32, "GAN": 256}
-SHARE = {"moments": 1.0, "pairs": 1.0, "signature": 0.25, "GAN": 3.0}  # of the steps, for like seconds
+SHARE = {
+    "moments": 1.0,
+    "pairs": 1.0,
+    "signature": 0.25,
+    "GAN": 3.0,
+}  # of the steps, for like seconds
 
 
 def train(name, sample, *, steps, seed):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -34,3 +35,21 @@ def forget_what_was_compiled():
     """Hardly anything is used by two files, and all of it would take several gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Marks as slow what `slow.txt` names: cases whose kind other cases of the default run show."""
+    here = Path(__file__).parent
+    slow = set((here / "slow.txt").read_text().splitlines())
+    named = {}
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        named.setdefault(name.partition("::")[0], set()).add(name)
+        if name in slow:
+            item.add_marker(pytest.mark.slow)
+    if any("::" in arg for arg in config.args):
+        return
+    gone = {entry for entry in slow if entry not in named.get(entry.partition("::")[0], {entry})}
+    if gone:
+        raise pytest.UsageError(f"tests/slow.txt names what is not there: {sorted(gone)}")
