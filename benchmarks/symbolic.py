@@ -36,12 +36,15 @@ ARITHMETIC = ("+", "-", "*", "/")
 PROBLEMS = {
     "x / (1 + x)": (["v / (1.0 + v)", "x / (1.0 + x)"], ARITHMETIC, (0.0, 1.5), 2.0, 21, 8),
     "pendulum": (
-        ["v", "-9.81 * sin(x) - 0.25 * v"], ("+", "-", "*", "/", "sin", "exp"), (-2.0, 2.0), 1.0, 41, 8
+        ["v", "-9.81 * sin(x) - 0.25 * v"],
+        ("+", "-", "*", "/", "sin", "exp"),
+        (-2.0, 2.0),
+        1.0,
+        41,
+        8,
     ),
-    "van der Pol": (
-        ["v", "1.5 * (1.0 - x * x) * v - x"], ARITHMETIC, (-2.0, 2.0), 1.0, 41, 8
-    ),
-}  # fmt: skip
+    "van der Pol": (["v", "1.5 * (1.0 - x * x) * v - x"], ARITHMETIC, (-2.0, 2.0), 1.0, 41, 8),
+}
 
 
 def trajectories(name: str, seed: int) -> tuple[Any, ...]:
@@ -78,9 +81,15 @@ def recovery(problems: Sequence[str], seeds: int, generations: int) -> dict[str,
             ts, _, ys = trajectories(name, seed)
             began = time.perf_counter()
             fronts = symbolic.search(
-                *symbolic.slopes(ts, ys), variables=("x", "v"), operators=operators, length=14,
-                generations=generations, tolerance=1e-7, progress=False, key=jax.random.key(seed),
-            )  # fmt: skip
+                *symbolic.slopes(ts, ys),
+                variables=("x", "v"),
+                operators=operators,
+                length=14,
+                generations=generations,
+                tolerance=1e-7,
+                progress=False,
+                key=jax.random.key(seed),
+            )
             seconds.append(time.perf_counter() - began)
             chosen = [front.choose() for front in fronts]
             pairs = zip(chosen, formulas, strict=True)
@@ -88,9 +97,11 @@ def recovery(problems: Sequence[str], seeds: int, generations: int) -> dict[str,
             texts.append([str(expression) for expression in chosen])
             print(name, seed, found[-1], f"{seconds[-1]:.0f} s", texts[-1], flush=True)
         rows[name] = {
-            "recovered": sum(found), "seeds": seeds, "seconds": sorted(seconds)[seeds // 2],
+            "recovered": sum(found),
+            "seeds": seeds,
+            "seconds": sorted(seconds)[seeds // 2],
             "formulas": texts,
-        }  # fmt: skip
+        }
     return rows
 
 
@@ -132,8 +143,11 @@ def layers(rounds: int) -> dict[str, Any]:
         cell = lambda z, x, w=weight: jnp.tanh(w @ z + x)
         found = jax.vmap(lambda x, f=cell: implicit.fixed_point(f, jnp.zeros(64), x))(x)
         steps = int(jnp.max(found.stats["iterations"]))
-        kinds = {"implicit": implicit.Implicit(), "Jacobian-free": implicit.JacobianFree(),
-                 "unrolled": implicit.Unrolled(steps)}  # fmt: skip
+        kinds = {
+            "implicit": implicit.Implicit(),
+            "Jacobian-free": implicit.JacobianFree(),
+            "unrolled": implicit.Unrolled(steps),
+        }
         compiled = {
             kind: jax.jit(jax.grad(lambda w, g=g: loss(w, g))).lower(weight).compile()
             for kind, g in kinds.items()

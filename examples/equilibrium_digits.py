@@ -76,10 +76,15 @@ def loss(model, batch, key, *, weight):
 def train(data, weight, *, steps, seed):
     """A trained model and its history."""
     return nde.fit(
-        Classifier(jax.random.key(seed)), functools.partial(loss, weight=weight), data,
-        optim=optax.adam(optax.cosine_decay_schedule(3e-3, max(steps, 1))), steps=steps,
-        batch_size=BATCH, progress=False, key=jax.random.key(seed + 1),
-    )  # fmt: skip
+        Classifier(jax.random.key(seed)),
+        functools.partial(loss, weight=weight),
+        data,
+        optim=optax.adam(optax.cosine_decay_schedule(3e-3, max(steps, 1))),
+        steps=steps,
+        batch_size=BATCH,
+        progress=False,
+        key=jax.random.key(seed + 1),
+    )
 
 
 @eqx.filter_jit

@@ -43,9 +43,14 @@ def saturating(generations, seed):
     """Raw trajectories -> slopes -> fronts -> constants through the solve."""
     ts, y0s, ys = observe(SATURATING, 8, 2.0, 21, low=0.0, high=1.5, seed=seed)
     fronts = symbolic.search(
-        *symbolic.slopes(ts, ys), variables=("x", "v"), length=10, generations=generations,
-        tolerance=1e-10, progress=False, key=jax.random.key(seed),
-    )  # fmt: skip
+        *symbolic.slopes(ts, ys),
+        variables=("x", "v"),
+        length=10,
+        generations=generations,
+        tolerance=1e-10,
+        progress=False,
+        key=jax.random.key(seed),
+    )
     return symbolic.refine(fronts, make_model, ts, y0s, ys)
 
 
@@ -76,9 +81,15 @@ def species(steps, generations, seed):
     model = learn_rates(ts, y0s, ys[..., 0], steps, seed)
     states = jax.vmap(model, in_axes=(None, 0))(ts, y0s)[:, ::4].reshape(-1, 2)
     fronts = symbolic.distill(
-        model, states, variables=("x", "v"), operators=("+", "-", "*"), length=10,
-        generations=generations, progress=False, key=jax.random.key(seed),
-    )  # fmt: skip
+        model,
+        states,
+        variables=("x", "v"),
+        operators=("+", "-", "*"),
+        length=10,
+        generations=generations,
+        progress=False,
+        key=jax.random.key(seed),
+    )
     seen = ys.at[..., 1].set(jnp.nan)
     return symbolic.refine(fronts, make_model, ts, y0s, seen), (ts, y0s, ys)
 

@@ -103,9 +103,15 @@ def train_correction(field, base, *, steps, seed):
         return jnp.mean(((h ** (power - 1))[:, None] * (found - target)) ** 2)
 
     correction, _ = nde.fit(
-        solver.correction, loss, (times, h, states, rates, targets), steps=steps, batch_size=512,
-        optim=optax.adam(optax.cosine_decay_schedule(1e-2, max(steps, 1))), progress=False, key=keys[3],
-    )  # fmt: skip
+        solver.correction,
+        loss,
+        (times, h, states, rates, targets),
+        steps=steps,
+        batch_size=512,
+        optim=optax.adam(optax.cosine_decay_schedule(1e-2, max(steps, 1))),
+        progress=False,
+        key=keys[3],
+    )
     return eqx.tree_at(lambda s: s.correction, solver, correction)
 
 
@@ -141,7 +147,10 @@ def picture(results, samples):
         axes[1].loglog([row["ms"] for row in rows.values()], errors, style, ms=4)
     axes[0].set(xlabel="evaluations of the field", ylabel="mean error of a sample")
     axes[0].legend(frameon=False, fontsize=7)
+    axes[0].set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
     axes[1].set(xlabel="ms for all samples")
+    for ax in axes[:2]:
+        ax.minorticks_off()
     for ax, (name, points) in zip(axes[2:], samples.items(), strict=True):
         ax.plot(*np.asarray(points).T, ".", ms=2)
         ax.set(title=name, aspect="equal", xlim=(-3.5, 3.5), ylim=(-3, 3))
@@ -152,13 +161,24 @@ def main(steps: int = 2000, plot: bool = True, *, seed: int = 0) -> dict:
     """By solver and number of evaluations: mean error of a sample, and time."""
     keys = jax.random.split(jax.random.key(seed), 4)
     field = nde.fields.MLPField(
-        2, width=64, depth=3, time=True, activation=jax.nn.silu, final_activation=lambda x: x,
+        2,
+        width=64,
+        depth=3,
+        time=True,
+        activation=jax.nn.silu,
+        final_activation=lambda x: x,
         key=keys[0],
-    )  # fmt: skip
+    )
     field, _ = nde.fit(
-        field, flow_loss, moons(keys[1], 8192), steps=steps, batch_size=256, progress=False,
-        optim=optax.adam(optax.cosine_decay_schedule(3e-3, max(steps, 1))), key=keys[2],
-    )  # fmt: skip
+        field,
+        flow_loss,
+        moons(keys[1], 8192),
+        steps=steps,
+        batch_size=256,
+        progress=False,
+        optim=optax.adam(optax.cosine_decay_schedule(3e-3, max(steps, 1))),
+        key=keys[2],
+    )
     solvers = {"Euler": (diffrax.Euler(), 1), "Heun": (diffrax.Heun(), 2), "RK4": (RK4(), 4)}
     for name in ("Euler", "Heun"):
         base, stages = solvers[name]

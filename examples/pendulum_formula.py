@@ -59,14 +59,24 @@ def learn(ts, ys, steps, seed):
         return jnp.mean((jax.vmap(solve)(batch.data) - batch.data) ** 2)
 
     network = nde.fields.MLPField(
-        2, width=32, depth=2, out_size=1, scale=10.0, final_activation=lambda x: x,
+        2,
+        width=32,
+        depth=2,
+        out_size=1,
+        scale=10.0,
+        final_activation=lambda x: x,
         key=jax.random.key(seed),
-    )  # fmt: skip
+    )
     optim = optax.adam(optax.cosine_decay_schedule(1e-2, max(steps, 1)))
     return nde.fit(
-        hybrid(network), loss, pieces, optim=optim, steps=steps, progress=False,
+        hybrid(network),
+        loss,
+        pieces,
+        optim=optim,
+        steps=steps,
+        progress=False,
         key=jax.random.key(seed),
-    )[0]  # fmt: skip
+    )[0]
 
 
 def picture(front, model, ts, y0s, ys):
@@ -92,9 +102,16 @@ def main(steps: int = 600, plot: bool = True, *, generations: int = 60, seed: in
     trained = learn(ts, ys, steps, seed)
     states = ys[:, ::2].reshape(-1, 2)
     fronts = symbolic.distill(
-        trained, states, variables=("q", "v"), operators=("+", "-", "*", "sin", "exp"), length=12,
-        units=UNITS, generations=generations, progress=False, key=jax.random.key(seed),
-    )  # fmt: skip
+        trained,
+        states,
+        variables=("q", "v"),
+        operators=("+", "-", "*", "sin", "exp"),
+        length=12,
+        units=UNITS,
+        generations=generations,
+        progress=False,
+        key=jax.random.key(seed),
+    )
     print(fronts[0].table())
     refined = symbolic.refine(fronts, hybrid, ts, y0s, ys)
     print(refined.table())

@@ -39,10 +39,12 @@ def toggle(t, y, p):
 def make_model(rates):
     """The switch; `args` is the dose."""
     return nde.HybridODE(
-        toggle, None, {name: Positive(value) for name, value in rates.items()},
+        toggle,
+        None,
+        {name: Positive(value) for name, value in rates.items()},
         combine=lambda known, network, t, y, p, dose: known(t, y, p | {"dose": dose}),
         stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-8),
-    )  # fmt: skip
+    )
 
 
 def at_rest(model, dose):
@@ -82,9 +84,14 @@ def main(steps: int = 1000, plot: bool = True, *, noise: float = 0.01, seed: int
     levels = exact * jnp.exp(noise * jax.random.normal(jax.random.key(seed), exact.shape))
     guess = make_model({"first": 5.0, "second": 2.0, "half": 1.5})
     model, _ = nde.fit(
-        guess, loss, (DOSES, levels), steps=steps, progress=False, key=jax.random.key(seed),
+        guess,
+        loss,
+        (DOSES, levels),
+        steps=steps,
+        progress=False,
+        key=jax.random.key(seed),
         optim=optax.adam(optax.cosine_decay_schedule(5e-2, max(steps, 1))),
-    )  # fmt: skip
+    )
     found = {name: float(value) for name, value in model.physical_parameters().items()}
     growth = jax.vmap(at_rest, in_axes=(None, 0))(model, DOSES).stats["growth"]
     if plot:

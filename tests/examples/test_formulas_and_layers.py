@@ -72,9 +72,15 @@ def test_the_tableau_of_the_example_has_order_four(monkeypatch, tmp_path):
 
     def error(steps):
         found = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, args: y * jnp.cos(t)), example.RK4(), 0.0, 2.0, 2 / steps,
-            jnp.array(1.0), adjoint=DiscreteAdjoint(), max_steps=steps + 1,
-        )  # fmt: skip
+            diffrax.ODETerm(lambda t, y, args: y * jnp.cos(t)),
+            example.RK4(),
+            0.0,
+            2.0,
+            2 / steps,
+            jnp.array(1.0),
+            adjoint=DiscreteAdjoint(),
+            max_steps=steps + 1,
+        )
         return abs(float(found.ys[-1]) - np.exp(np.sin(2.0)))
 
     slope = np.log(error(8) / error(32)) / np.log(4)
