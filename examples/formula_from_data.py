@@ -109,9 +109,8 @@ def picture(refined, ts, y0s, ys):
     model = refined.model()
     for at, ax in enumerate(axes):
         found = model(ts, y0s[at])
-        nde.plot.trajectories(
-            ts, found, (ts[::2], ys[at, ::2, :1]), ax, labels=["prey", "predator"]
-        )
+        seen = ys[at, ::2].at[:, 1].set(jnp.nan)
+        nde.plot.trajectories(ts, found, (ts[::2], seen), ax, labels=["prey", "predator"])
         ax.plot(ts, ys[at, :, 1], "k:", lw=1, label="predator, not shown to the model")
         ax.legend(frameon=False, fontsize=8)
     nde.plot.save(fig, "formula_from_data.png")

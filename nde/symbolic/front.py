@@ -92,8 +92,8 @@ def last_worth(complexities: np.ndarray, losses: np.ndarray, worth: float) -> in
 
 
 def _log(losses: np.ndarray) -> np.ndarray:
-    # Below the square of the rounding error all are equally good.
-    return np.log(np.maximum(losses, 1e-28))
+    # Below the square of the rounding error of a solve all are equally good.
+    return np.log(np.maximum(losses, 1e-22))
 
 
 def _short(expression: Expression, digits: int) -> str:
