@@ -54,7 +54,7 @@ def test_rates_of_the_toggle_switch_come_from_its_steady_states(monkeypatch, tmp
     long = jax.vmap(lambda dose: truth(jnp.array([0.0, 80.0]), example.START, dose)[-1])
     np.testing.assert_allclose(found.value, long(example.DOSES), rtol=1e-5)
     results = example.main(steps=2, plot=False)
-    assert list(results["rates"]) == list(example.TRUTH)
+    assert set(results["rates"]) == set(example.TRUTH)
 
 
 def test_a_trial_run_of_the_flow_compares_all_solvers(monkeypatch, tmp_path):
