@@ -33,8 +33,8 @@ from nde.latent_sde import Gaussian, GRUEncoder, PosteriorDrift
 
 NOISE, CORRELATION, END, SPLIT = 0.1, 0.99, 10.0, 4.0
 MOST = 23  # observations
-LATENT, HIDDEN, CONTEXT = 4, 32, 16
-STD = 0.03  # of an observation, in the model; the data have none
+LATENT, HIDDEN, CONTEXT = 4, 64, 32
+STD = 0.05  # of an observation, in the model; the data have none
 COVARIANCE = NOISE**2 * np.array([[1.0, CORRELATION], [CORRELATION, 1.0]])
 
 
@@ -127,7 +127,7 @@ def make_model(key):
         GRUEncoder(2, HIDDEN, CONTEXT, time_scale=4.0, key=keys[0]),
         PosteriorDrift(eqx.nn.Linear(CONTEXT, 2 * LATENT, key=keys[1]), posterior),
         nde.fields.MLPField(LATENT, HIDDEN, 1, scale=2.0, key=keys[3]),
-        nde.fields.OwnNoise(LATENT, 8, least=0.02, most=0.4, key=keys[4]),
+        nde.fields.OwnNoise(LATENT, 8, least=0.01, most=0.15, key=keys[4]),
         eqx.nn.Linear(LATENT, 2, key=keys[5]),
         Gaussian(jnp.zeros(LATENT), jnp.zeros(LATENT)),
         observation_std=STD,
@@ -138,10 +138,12 @@ def make_model(key):
 def train(model, data, *, steps, batch, key):
     """The ELBO, with a divergence that counts more and more over the first fifth of the steps."""
     loss = functools.partial(
-        losses.evidence, kl_weight=optax.linear_schedule(0.01, 1.0, max(1, steps // 5))
+        losses.evidence,
+        kl_weight=optax.linear_schedule(0.01, 1.0, max(1, steps // 5)),
+        low_variance=True,
     )
     optim = optax.chain(
-        optax.clip_by_global_norm(100.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+        optax.clip_by_global_norm(100.0), optax.adam(optax.cosine_decay_schedule(1e-2, steps))
     )
     options = dict(optim=optim, steps=steps, batch_size=batch, progress=False, key=key)
     return nde.fit(model, loss, data, **options)
@@ -262,7 +264,8 @@ def task_series(ts, ys):
     return ts[usable], ys[usable]
 
 
-# *What to take away*: a latent SDE comes close to a filter that knows the equations, from series alone.
+# *What to take away*: from series alone, in a minute, a latent SDE forecasts better than the last value; the
+# filter that knows the equations still has less than half of its squared error, and honest bands.
 # *Next*: the same without simulation in training, `sde_lorenz.py`.
 
 if __name__ == "__main__":
