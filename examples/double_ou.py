@@ -264,8 +264,8 @@ def task_series(ts, ys):
     return ts[usable], ys[usable]
 
 
-# *What to take away*: from series alone, in a minute, a latent SDE forecasts better than the last value; the
-# filter that knows the equations still has less than half of its squared error, and honest bands.
+# *What to take away*: from series alone, in a minute, a latent SDE forecasts better than the last value;
+# the filter that knows the equations still has less than half of its squared error, and honest bands.
 # *Next*: the same without simulation in training, `sde_lorenz.py`.
 
 if __name__ == "__main__":
