@@ -289,3 +289,12 @@ def test_progress_goes_to_the_error_stream(installed, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "30/30" in err and f"{history['loss'][-1]:.4g}" in err
+
+
+def test_the_keys_of_the_examples_are_those_of_the_batch():
+    """A batch that is divided keeps the keys that its examples have in the whole."""
+    key, data = jax.random.key(3), jnp.zeros((4, 2))
+    whole = nde.train.Batch(data).example_keys(key)
+    assert jnp.array_equal(whole, jax.random.split(key, 4))
+    part = nde.train.Batch(data[2:], keys=whole[2:])
+    assert jnp.array_equal(part.example_keys(key), whole[2:])
