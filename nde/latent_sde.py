@@ -31,17 +31,28 @@ Reference:  Scalable gradients for stochastic differential equations (2020) | ar
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from nde._inputs import check_callable, check_key
-from nde._parameters import AbstractParameter, Frozen
+from nde._latent import (
+    Context,
+    Evidence,
+    Gaussian,
+    GRUEncoder,
+    Series,
+    as_parameter,
+    check_observation_std,
+    check_series,
+    gaussian_of,
+    log_likelihood,
+)
 from nde._stochastic import (
     AbstractSDE,
     Calculus,
@@ -62,121 +73,6 @@ __all__ = [
     "PosteriorDrift",
     "PosteriorMarginals",
 ]
-
-Series = Float[Array, "times channels"]
-Context = tuple[Float[Array, " times"], Float[Array, "times context"]]
-
-
-class Evidence(NamedTuple):
-    """The parts of the evidence lower bound of one series, in nats.
-
-    Attributes:
-        log_likelihood: Sum over what was observed.
-        kl_start: KL(q0 || p0).
-        kl_path: Estimate of that of the paths from there on.
-    """
-
-    log_likelihood: Float[Array, ""]
-    kl_start: Float[Array, ""]
-    kl_path: Float[Array, ""]
-
-    def elbo(self, kl_weight: Any = 1.0) -> Float[Array, ""]:
-        """The bound, with both divergences times `kl_weight`."""
-        return self.log_likelihood - kl_weight * (self.kl_start + self.kl_path)
-
-
-class Gaussian(eqx.Module):
-    """Independent normals.
-
-    Args:
-        mean: Shape (size,).
-        log_std: Logarithms of the standard deviations, shape (size,).
-    """
-
-    mean: Float[Array, " size"]
-    log_std: Float[Array, " size"]
-
-    def draw(self, key: PRNGKeyArray) -> Float[Array, " size"]:
-        """One sample."""
-        return self.at(jax.random.normal(key, self.mean.shape, self.mean.dtype))
-
-    def at(self, eps: Float[Array, " size"]) -> Float[Array, " size"]:
-        """mean + std eps."""
-        return self.mean + jnp.exp(self.log_std) * eps
-
-    def kl(self, other: "Gaussian") -> Float[Array, ""]:
-        """KL(self || other)."""
-        apart = (self.mean - other.mean) * jnp.exp(-other.log_std)
-        log_ratio = self.log_std - other.log_std
-        return jnp.sum((apart**2 + jnp.exp(2 * log_ratio) - 1) / 2 - log_ratio)
-
-
-class GRUEncoder(eqx.Module):
-    """A context for every time of a series, by a gated recurrent unit that runs backwards.
-
-    The context of a time knows the observations from there on; with `both_ways` all of them. A step is
-    told what was observed (zero elsewhere), where, the time since the step before and since the start, so
-    that a drift that sees the time knows how far the next observation is; where nothing was observed
-    there is no step.
-
-    Args:
-        channels: Of the series.
-        hidden: Size of the unit's state.
-        context: Size of a context.
-        both_ways: Whether a second unit runs forwards.
-        time_scale: What a time gap is divided by: the length of the series, so that networks see
-            numbers of order one, and the equation keeps its own time.
-        key: Of the initial weights.
-    """
-
-    backwards: eqx.nn.GRUCell
-    forwards: eqx.nn.GRUCell | None
-    output: eqx.nn.Linear
-    time_scale: float = eqx.field(static=True)
-
-    def __init__(
-        self,
-        channels: int,
-        hidden: int,
-        context: int,
-        *,
-        both_ways: bool = False,
-        time_scale: float = 1.0,
-        key: PRNGKeyArray,
-    ):
-        check_key(key)
-        for name, count in (("channels", channels), ("hidden", hidden), ("context", context)):
-            check_count(name, count)
-        if not time_scale > 0:
-            raise ValueError(f"`time_scale` is {time_scale}; it is a length of time, positive.")
-        keys = jax.random.split(key, 3)
-        self.backwards = eqx.nn.GRUCell(2 * channels + 2, hidden, key=keys[0])
-        self.forwards = eqx.nn.GRUCell(2 * channels + 2, hidden, key=keys[1]) if both_ways else None
-        self.output = eqx.nn.Linear(hidden * (1 + both_ways), context, key=keys[2])
-        self.time_scale = time_scale
-
-    def __call__(self, ts: Float[Array, " times"], ys: Series) -> Float[Array, "times context"]:
-        """The contexts of a series, NaN where it is missing."""
-        states = self._run(self.backwards, ts, ys, reverse=True)
-        if self.forwards is not None:
-            before = self._run(self.forwards, ts, ys, reverse=False)
-            states = jnp.concatenate([states, before], axis=1)
-        return jax.vmap(self.output)(states)
-
-    def _run(self, cell: eqx.nn.GRUCell, ts: Array, ys: Series, reverse: bool) -> Array:
-        def step(carry: Any, row: Any):
-            state, last = carry
-            t, y, seen = row
-            gap = jnp.abs(t - last)[None] / self.time_scale
-            since = jnp.abs(t - ts[0])[None] / self.time_scale
-            inputs = jnp.concatenate([y, seen.astype(y.dtype), gap, since])
-            state = jnp.where(jnp.any(seen), cell(inputs, state), state)
-            return (state, jnp.where(jnp.any(seen), t, last)), state
-
-        seen = ~jnp.isnan(ys)
-        rows = (ts, jnp.where(seen, ys, 0), seen)
-        start = (jnp.zeros(cell.hidden_size, ys.dtype), ts[-1] if reverse else ts[0])
-        return jax.lax.scan(step, start, rows, reverse=reverse)[1]
 
 
 class AbstractPosterior(eqx.Module):
@@ -212,7 +108,7 @@ class PosteriorDrift(AbstractPosterior):
 
     def start(self, context: Context) -> Gaussian:
         """q0, from the context of the first time."""
-        return _gaussian("initial", self.initial(context[1][0]))
+        return gaussian_of("initial", self.initial(context[1][0]))
 
     def drift(self, t: Array, z: PyTree[Array], context: Any, diffusion):
         """f(t, z, c), c of the next observation."""
@@ -247,7 +143,7 @@ class PosteriorMarginals(AbstractPosterior):
         """The marginal at a time."""
         ts, contexts = context
         weights = jax.nn.softmax(-((self.sharpness.astype(ts.dtype) * (ts - t)) ** 2))
-        return _gaussian("network", self.network(t, weights @ contexts))
+        return gaussian_of("network", self.network(t, weights @ contexts))
 
     def drift(self, t: Array, z: PyTree[Array], context: Any, diffusion):
         """The one drift that gives the marginals this diffusion."""
@@ -309,9 +205,7 @@ class LatentSDE(AbstractSDE):
     diffusion: Callable
     decoder: Callable
     start: Gaussian
-    observation_std: Any = eqx.field(
-        kw_only=True, converter=lambda x: x if isinstance(x, AbstractParameter) else Frozen(x)
-    )
+    observation_std: Any = eqx.field(kw_only=True, converter=as_parameter)
     solver: diffrax.AbstractSolver = eqx.field(default=diffrax.Euler(), kw_only=True)
 
     def __check_init__(self):
@@ -325,9 +219,7 @@ class LatentSDE(AbstractSDE):
                     f"`{name}` is {getattr(self, name)!r}; make it of nde.latent_sde: "
                     "PosteriorDrift(...) or PosteriorMarginals(...), and Gaussian(mean, log_std)."
                 )
-        std = self.observation_std.value
-        if not is_traced(std) and not np.all(np.asarray(std) > 0):
-            raise ValueError(f"`observation_std` is {std}; it must be positive.")
+        check_observation_std(self.observation_std)
         if not is_traced((self.start, self.diffusion)):
             g = self.diffusion(jnp.zeros((), self.start.mean.dtype), self.start.mean, None)
             if not is_traced(g) and np.any(np.asarray(g) == 0):
@@ -350,6 +242,7 @@ class LatentSDE(AbstractSDE):
         ts: Float[Array, " times"],
         ys: Series,
         *,
+        targets: Series | None = None,
         low_variance: bool = False,
         throw: bool = True,
         key: PRNGKeyArray,
@@ -359,6 +252,7 @@ class LatentSDE(AbstractSDE):
         Args:
             ts: Times, shape (times,), increasing, at least two; the last may repeat (padding).
             ys: Observations, shape (times, channels); NaN where there is none.
+            targets: Observations whose likelihood counts; `None`: those that are encoded, `ys`.
             low_variance: Whether to add the stochastic integral of the module, for a gradient with
                 less noise. It needs an Ito solver.
             throw: Whether a failed solve raises; if not, the evidence is -inf or NaN there.
@@ -367,11 +261,27 @@ class LatentSDE(AbstractSDE):
         Raises:
             ValueError: for a series that cannot be used, or `low_variance` with another solver.
         """
+        options = {"targets": targets, "low_variance": low_variance, "throw": throw}
+        return self.evidence_and_solution(ts, ys, **options, key=key)[0]
+
+    def evidence_and_solution(
+        self,
+        ts: Float[Array, " times"],
+        ys: Series,
+        *,
+        targets: Series | None = None,
+        low_variance: bool = False,
+        throw: bool = True,
+        key: PRNGKeyArray,
+    ) -> tuple[Evidence, diffrax.Solution]:
+        """The same, and the solve that it comes from."""
         context = self._context(ts, ys)
-        saved: Any = self._solve(context, low_variance, throw, key).ys
+        solution = self._solve(context, low_variance, throw, key)
+        saved: Any = solution.ys
         zs, integral = saved
         kl_start = self.posterior.start(context).kl(self.start)
-        return Evidence(self._log_likelihood(zs, ys), kl_start, integral[-1])
+        likelihood = self._log_likelihood(zs, ys if targets is None else targets, solution.result)
+        return Evidence(likelihood, kl_start, integral[-1]), solution
 
     def matched_evidence(
         self, ts: Float[Array, " times"], ys: Series, *, samples: int = 1, key: PRNGKeyArray
@@ -497,25 +407,15 @@ class LatentSDE(AbstractSDE):
     def _rate(self, t, z, context):
         return jnp.sum(self._steering(t, z, context) ** 2) / 2
 
+    def _log_likelihood(self, zs, ys, result=diffrax.RESULTS.successful) -> Float[Array, ""]:
+        return log_likelihood(self.decoder, zs, ys, self.observation_std.value, result)
+
     def _context(self, ts, ys) -> Context:
         check_times_of_noise(ts, self.dt0)
-        _check_series(ts, ys)
+        check_series(ts, ys)
         ys = ys.astype(jnp.promote_types(ts.dtype, ys.dtype))
         ts = ts.astype(ys.dtype)
         return ts, self.encoder(ts, ys)
-
-    def _log_likelihood(self, zs, ys: Series) -> Float[Array, ""]:
-        means = jax.vmap(self.decoder)(zs)
-        if means.shape != ys.shape:
-            raise ValueError(
-                f"`decoder` gives {means.shape[1:]} at a time but `ys` has {ys.shape[1:]}; return the "
-                "mean of one observation, shape (channels,)."
-            )
-        std = jnp.broadcast_to(self.observation_std.value.astype(means.dtype), means.shape[1:])
-        seen: Bool[Array, "times channels"] = ~jnp.isnan(ys)
-        z = (means - jnp.where(seen, ys.astype(means.dtype), 0)) / std[None]
-        log_density = -(z**2) / 2 - jnp.log(std)[None] - 0.5 * np.log(2 * np.pi)
-        return jnp.sum(jnp.where(seen, log_density, 0))
 
 
 class _Held(eqx.Module):
@@ -529,27 +429,3 @@ class _Held(eqx.Module):
 
     def __call__(self, t: Array, z: Array, context: Context) -> Array:
         return self.model._steering(t, z, jax.lax.stop_gradient(context))
-
-
-def _gaussian(name: str, both: Float[Array, " 2*latent"]) -> Gaussian:
-    if both.ndim != 1 or both.shape[0] % 2:
-        raise ValueError(
-            f"`{name}` returned shape {both.shape}; return mean and log standard deviation of the "
-            "hidden state, shape (2 latent,)."
-        )
-    mean, log_std = jnp.split(both, 2)
-    return Gaussian(mean, log_std)
-
-
-def _check_series(ts: Float[Array, " times"], ys: Series) -> None:
-    """`ys` has a row for every time, and something was observed."""
-    if not eqx.is_array(ys) or ys.ndim != 2 or ys.shape[0] != ts.shape[0]:
-        shape = getattr(ys, "shape", type(ys).__name__)
-        raise ValueError(
-            f"`ys` has shape {shape} and `ts` {ts.shape}; one call takes one series, shape (times, "
-            "channels), NaN where something is missing. Use jax.vmap over the batch."
-        )
-    if not jnp.issubdtype(ys.dtype, jnp.floating):
-        raise ValueError(f"`ys` has dtype {ys.dtype}; observations are floating: ys.astype(float).")
-    if not is_traced(ys) and np.isnan(np.asarray(ys)).all():
-        raise ValueError("`ys` is missing (NaN) everywhere; a series has at least one observation.")
