@@ -10,18 +10,28 @@ Scale what goes in: states, times and context of order one. Where the rates exce
 saturated tanh does not learn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from nde._inputs import check_callable, check_key
 from nde.solvers.inputs import check_count
 
-__all__ = ["Batched", "MLPField", "MatrixField", "OwnNoise", "ScalarField"]
+__all__ = [
+    "Batched",
+    "DepthVarying",
+    "GRUField",
+    "Legendre",
+    "MLPField",
+    "MatrixField",
+    "OwnNoise",
+    "Pieces",
+    "ScalarField",
+]
 
 
 class MLPField(eqx.Module):
@@ -220,6 +230,149 @@ class Batched(eqx.Module):
             )
         axes = (None, 0, None if args is None else 0)
         return jax.vmap(self.field, in_axes=axes)(t, y, args)
+
+
+class DepthVarying(eqx.Module):
+    r"""A field whose parameters change with time, as the layers of a network differ.
+
+        theta(t) = sum_k phi_k(t) theta_k
+
+    Args:
+        fields: theta_1 to theta_K: fields of one structure, `field(t, y, args) -> dy`.
+        basis: `basis(t)`, shape (K,), the values phi_k(t): `Pieces` or `Legendre`.
+
+    Raises:
+        ValueError: for no fields, or fields of different structure.
+
+    Each evaluation mixes K sets of parameters, and with `jax.vmap` and adaptive steps it does so for
+    every example: for small networks, or steps that a batch shares.
+
+    Reference:
+        Dissecting neural ODEs (2020) | arXiv:2002.08071
+
+    Example:
+        >>> make = lambda key: nde.fields.MLPField(4, 32, 1, key=key)
+        >>> parts = [make(key) for key in jax.random.split(key, 3)]
+        >>> blocks = nde.fields.DepthVarying(parts, nde.fields.Pieces(1 / 3, 2 / 3))
+        >>> galerkin = nde.fields.DepthVarying(parts, nde.fields.Legendre(3))
+    """
+
+    parameters: PyTree[Float[Array, "parts ..."]]
+    structure: PyTree[Any]
+    basis: Callable
+
+    def __init__(self, fields: Sequence[Callable], basis: Callable):
+        check_callable("basis", basis, "(t)")
+        if len(fields) == 0:
+            raise ValueError("`fields` is empty; give one field for each function of the basis.")
+        split = [eqx.partition(field, eqx.is_inexact_array) for field in fields]
+        shapes = [jax.tree.map(jnp.shape, arrays) for arrays, _ in split]
+        for number, shape in enumerate(shapes):
+            if shape != shapes[0]:
+                raise ValueError(
+                    f"`fields[{number}]` has other parameters than `fields[0]`: {shape} and {shapes[0]}; "
+                    "the fields are sets of parameters of one network."
+                )
+        count = eqx.filter_eval_shape(basis, jnp.zeros(())).shape
+        if count != (len(fields),):
+            raise ValueError(
+                f"`basis` has values of shape {count} but there are {len(fields)} `fields`; give one for "
+                "each function of the basis."
+            )
+        self.parameters = jax.tree.map(lambda *x: jnp.stack(x), *(arrays for arrays, _ in split))
+        self.structure = split[0][1]
+        self.basis = basis
+
+    def __call__(self, t: Float[Array, ""], y: Float[Array, " size"], args: Any = None) -> Array:
+        """The rate of change at time `t` and state `y`, shape (size,)."""
+        weights = self.basis(t)
+        mix = lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1)
+        return eqx.combine(jax.tree.map(mix, self.parameters), self.structure)(t, y, args)
+
+
+class Pieces(eqx.Module):
+    """The basis of parameters that are constant in pieces: 1 for the piece that t is in, 0 for others.
+
+    The field jumps at the ends, where a step should end:
+    `diffrax.ClipStepSizeController(controller, jump_ts=jnp.array(ends))`, or equal steps that do.
+
+    Args:
+        ends: Times at which a piece ends and the next begins, increasing: one less than pieces.
+    """
+
+    ends: tuple[float, ...] = eqx.field(static=True)
+
+    def __init__(self, *ends: float):
+        self.ends = ends
+        if list(ends) != sorted(set(ends)):
+            raise ValueError(f"`ends` is {ends}; the ends of the pieces increase.")
+
+    def __call__(self, t: Float[Array, ""]) -> Float[Array, " parts"]:
+        """The values at `t`, shape (parts,)."""
+        t = jnp.asarray(t)
+        piece = jnp.searchsorted(jnp.asarray(self.ends, t.dtype), t, side="right")
+        return jax.nn.one_hot(piece, len(self.ends) + 1, dtype=t.dtype)
+
+
+class Legendre(eqx.Module):
+    """The basis of Legendre polynomials on [0, 1]: 1, 2t - 1, and so on.
+
+    Args:
+        count: How many: the largest degree plus one.
+    """
+
+    count: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_count("count", self.count)
+
+    def __call__(self, t: Float[Array, ""]) -> Float[Array, " parts"]:
+        """The values at `t`, shape (parts,)."""
+        x = 2 * jnp.asarray(t) - 1
+        values = [jnp.ones_like(x), x]
+        for n in range(1, self.count - 1):
+            values.append(((2 * n + 1) * x * values[n] - n * values[n - 1]) / (n + 1))
+        return jnp.stack(values[: self.count])
+
+
+class GRUField(eqx.Module):
+    r"""A gated recurrent unit in continuous time, `field(t, h, args) -> dh`.
+
+        dh/dt = (1 - z) (g - h),    z = sigmoid(W_z h + b_z),    r = sigmoid(W_r h + b_r),
+                                    g = tanh(W_g (r h) + b_g)
+
+    Each rate points into [-1, 1], so a state that starts there stays there for ever, and no rate is
+    larger than 2.
+
+    Args:
+        size: Entries of the state, shape (size,).
+        key: Of the initial weights.
+
+    Raises:
+        ValueError: for a size or a `key` that cannot be used.
+
+    Reference:
+        GRU-ODE-Bayes: continuous modeling of sporadically-observed time series (2019)
+        | arXiv:1905.12374
+    """
+
+    gates: eqx.nn.Linear
+    candidate: eqx.nn.Linear
+
+    def __init__(self, size: int, *, key: PRNGKeyArray):
+        check_key(key)
+        check_count("size", size)
+        key_gates, key_candidate = jax.random.split(key)
+        self.gates = eqx.nn.Linear(size, 2 * size, key=key_gates)
+        self.candidate = eqx.nn.Linear(size, size, key=key_candidate)
+
+    def __call__(
+        self, t: Float[Array, ""], h: Float[Array, " size"], args: Any = None
+    ) -> Float[Array, " size"]:
+        """The rate of change at state `h`, shape (size,)."""
+        del t, args
+        z, r = jnp.split(jax.nn.sigmoid(self.gates(h)), 2)
+        return (1 - z) * (jnp.tanh(self.candidate(r * h)) - h)
 
 
 class OwnNoise(eqx.Module):

@@ -6,6 +6,11 @@ With `augment=p` the state is lifted to (y, a), a in R^p, a(ts[0]) = 0, and the 
 flow of an ODE is a homeomorphism, so in its own dimension it cannot represent x -> -x on a line or
 separate nested rings; in a few more it can.
 
+With `initial` and `readout` the state is learned at both ends, and the model is a network whose layers
+are steps of a solver: a classifier is its output at the last time.
+
+    (y, a)(ts[0]) = (initial(y0), 0),    output readout((y, a)(ts))
+
 In code:    f -> vector_field    (y, a) -> the state that `vector_field` sees
 Not for:    observations where trajectories cross (a second-order or augmented model), noise (an
 SDE).
@@ -23,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from nde._initial_value import AbstractODE
+from nde._inputs import check_callable
 from nde._solve import Rates
 from nde.solvers.inputs import check_count
 
@@ -38,6 +44,9 @@ class NeuralODE(AbstractODE):
             trains.
         augment: Channels appended to the state, zero at the start and left out of the output. Needs
             a state of shape (channels,); the vector field then sees (channels + augment,).
+        initial: `initial(y0) -> y`, a learned lift, before zeros are appended; `None`: y0 itself.
+        readout: `readout(y) -> output`, of the whole state, with what was appended; `None`: the state
+            without it.
         solver: How one step is taken, a `diffrax` solver.
         stepsize_controller: How long a step is, a `diffrax` step-size controller.
         adjoint: How gradients are taken.
@@ -53,13 +62,26 @@ class NeuralODE(AbstractODE):
         >>> model = nde.NeuralODE(field)
         >>> ys = model(ts, y0)                                      # (times,), (2,) -> (times, 2)
         >>> batch = jax.vmap(model, in_axes=(None, 0))(ts, y0s)     # (examples, times, 2)
+
+        A classifier of 64 features in ten classes:
+
+        >>> key_f, key_r = jax.random.split(jax.random.key(0))
+        >>> field = nde.fields.MLPField(64, width=64, depth=1, time=True, key=key_f)
+        >>> model = nde.NeuralODE(field, readout=eqx.nn.Linear(64, 10, key=key_r))
+        >>> logits = model(jnp.array([0.0, 1.0]), x)[-1]            # (64,) -> (10,)
     """
 
     vector_field: Callable
     augment: int = eqx.field(default=0, kw_only=True, static=True)
+    initial: Callable | None = eqx.field(default=None, kw_only=True)
+    readout: Callable | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
         check_count("augment", self.augment, ", the number of channels", least=0)
+        if self.initial is not None:
+            check_callable("initial", self.initial, "(y0)")
+        if self.readout is not None:
+            check_callable("readout", self.readout, "(y)")
 
     def terms(self) -> diffrax.ODETerm:
         """dy/dt = f(t, y, args)."""
@@ -68,7 +90,17 @@ class NeuralODE(AbstractODE):
     def lift(
         self, t: Array, y0: PyTree[Float[Array, "..."]], args: PyTree[Any]
     ) -> PyTree[Float[Array, "..."]]:
-        """y0 with the appended channels."""
+        """The state at the first time: y0, lifted, with the appended channels."""
+        if self.initial is not None:
+            shapes = jax.tree.map(jnp.shape, y0)
+            try:
+                y0 = self.initial(y0)
+            except (TypeError, IndexError) as error:
+                raise ValueError(
+                    f"`initial` cannot be applied to `y0` = {shapes}: {str(error).splitlines()[0]} "
+                    "One call takes one example; use jax.vmap over the batch."
+                ) from error
+            y0 = jax.tree.map(lambda leaf: jnp.asarray(leaf, t.dtype), y0)
         if not self.augment:
             return y0
         if not eqx.is_array(y0) or jnp.ndim(y0) != 1:
@@ -77,5 +109,7 @@ class NeuralODE(AbstractODE):
         return jnp.pad(y0, (0, self.augment))
 
     def read(self, t: Array, y: PyTree[Float[Array, "..."]], args: PyTree[Any]) -> PyTree[Array]:
-        """The state without the appended channels."""
+        """The readout of the state, or the state without the appended channels."""
+        if self.readout is not None:
+            return self.readout(y)
         return y[: -self.augment] if self.augment else y

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from messages import mentions
 
-from nde.fields import Batched, MLPField
+from nde.fields import Batched, DepthVarying, Legendre, MLPField, Pieces
 
 
 def naive(field, inputs, scale):
@@ -63,3 +64,33 @@ def test_a_batched_field_says_what_it_needs(y, args):
     field = Batched(lambda t, y, args: -y)
     with pytest.raises(ValueError, match="`y0` and `args` .* one entry per example"):
         field(0.0, jnp.asarray(y), args)
+
+
+def test_parameters_that_vary_with_depth_are_sums_over_a_basis():
+    fields = [MLPField(2, 4, 1, key=key) for key in jax.random.split(jax.random.key(0), 4)]
+    y, t = jnp.array([0.3, -0.2]), 0.7
+    pieces = DepthVarying(fields, Pieces(0.2, 0.5, 0.7))
+    for at, field in zip((0.1, 0.2, 0.6, t), fields, strict=True):
+        np.testing.assert_allclose(pieces(at, y), field(at, y), rtol=1e-12)
+    values = np.polynomial.legendre.legvander([2 * t - 1], 3)[0]
+    np.testing.assert_allclose(Legendre(4)(t), values, rtol=1e-12)
+    mixed = jax.tree.map(
+        lambda *leaves: sum(v * x for v, x in zip(values, leaves, strict=True)),
+        *(eqx.filter(field, eqx.is_inexact_array) for field in fields),
+    )
+    wanted = eqx.combine(mixed, fields[0])(t, y)
+    np.testing.assert_allclose(DepthVarying(fields, Legendre(4))(t, y), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda f: DepthVarying([f, f], Legendre(3)), ["`basis`", "(3,)", "2 `fields`"]),
+        (lambda f: DepthVarying([f, f.mlp], Legendre(2)), ["`fields[1]`", "other parameters"]),
+        (lambda f: DepthVarying([], Legendre(2)), ["`fields` is empty"]),
+        (lambda f: Pieces(0.5, 0.2), ["`ends` is (0.5, 0.2)", "increase"]),
+    ],
+)
+def test_parts_that_do_not_fit_are_told(make, words):
+    with pytest.raises(ValueError, match=mentions(words)):
+        make(MLPField(2, 4, 1, key=jax.random.key(0)))

@@ -76,6 +76,38 @@ def test_vmap_is_the_batch_and_a_lane_does_not_see_its_neighbors():
         np.testing.assert_allclose(lane, model(jnp.asarray(TS), y0), rtol=1e-12, atol=1e-12)
 
 
+class Growth(eqx.Module):
+    """rate y."""
+
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        return self.rate * y
+
+
+def test_a_lift_pieces_and_a_readout_make_a_network():
+    """readout(exp(0.3 a_1 + 0.7 a_2) (initial(x), 0)), and a shift of the zeros that were appended."""
+    rates = jnp.array([[0.5, -1.0, 0.2], [2.0, 0.3, -0.4]])
+    field = nde.fields.DepthVarying([Growth(rate) for rate in rates], nde.fields.Pieces(0.3))
+    lift, readout = (eqx.nn.Linear(a, b, key=jax.random.key(a)) for a, b in ((4, 2), (3, 5)))
+    controller = diffrax.ClipStepSizeController(
+        diffrax.PIDController(rtol=1e-11, atol=1e-11), jump_ts=jnp.array([0.3])
+    )
+    model = nde.NeuralODE(
+        lambda t, y, args: field(t, y) + jnp.array([0.0, 0.0, 1.0]), augment=1, initial=lift,
+        readout=readout, solver=diffrax.Dopri8(), stepsize_controller=controller,
+    )  # fmt: skip
+    x = jnp.array([0.1, -0.4, 0.7, 1.0])
+    ys = model(jnp.array([0.0, 1.0]), x)
+    state = jnp.exp(0.3 * rates[0] + 0.7 * rates[1])[:2] * lift(x)
+    one = (np.exp(0.2 * 0.3) - 1) / 0.2  # of a' = 0.2 a + 1, then of a' = -0.4 a + 1
+    one = one * np.exp(-0.4 * 0.7) + (np.exp(-0.4 * 0.7) - 1) / -0.4
+    np.testing.assert_allclose(ys[1], readout(jnp.append(state, one)), rtol=1e-8)
+    np.testing.assert_allclose(ys[0], readout(jnp.append(lift(x), 0.0)), rtol=1e-12)
+    with pytest.raises(ValueError, match="`initial` cannot be applied"):
+        model(jnp.array([0.0, 1.0]), x[:3])
+
+
 def test_augmentation_represents_a_reflection():
     """x -> -x on a line crosses itself; half a turn in the plane does not. The field is exact."""
 
