@@ -22,6 +22,7 @@ from nde._saving import save as save
 from nde.cde import NeuralCDE as NeuralCDE
 from nde.cnf import CNF as CNF
 from nde.hybrid import HybridODE as HybridODE
+from nde.latent_ode import LatentODE as LatentODE
 from nde.latent_sde import LatentSDE as LatentSDE
 from nde.linear_cde import LinearCDE as LinearCDE
 from nde.log_cde import LogNeuralCDE as LogNeuralCDE
@@ -30,6 +31,7 @@ from nde.mechanics import LagrangianODE as LagrangianODE
 from nde.mechanics import PortHamiltonianODE as PortHamiltonianODE
 from nde.mechanics import SecondOrderODE as SecondOrderODE
 from nde.ode import NeuralODE as NeuralODE
+from nde.odernn import ODERNN as ODERNN
 from nde.sde import HybridSDE as HybridSDE
 from nde.sde import NeuralSDE as NeuralSDE
 
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CNF",
+    "ODERNN",
     "HamiltonianODE",
     "HybridODE",
     "HybridSDE",
     "LagrangianODE",
+    "LatentODE",
     "LatentSDE",
     "LinearCDE",
     "LogNeuralCDE",

@@ -4,7 +4,8 @@
 draw paths, scores compare a sample of paths with another, `score(ts, fake, real, mask=None, key=None)`:
 `finite_dimensional_score`, `signature_score`, `moments`; `path_score` binds one to a model and a batch.
 `likelihood` is for SDEs whose state is observed, `flow_likelihood` and `flow_matching` for an `nde.CNF`.
-`evidence` and `matched_evidence` are for an `nde.LatentSDE`.
+`evidence` is for an `nde.LatentODE` or an `nde.LatentSDE`, `matched_evidence` for the latter;
+`prediction_error` and `prediction_likelihood` for an `nde.ODERNN`.
 """
 
 from nde.losses.evidence import evidence as evidence
@@ -23,6 +24,8 @@ from nde.losses.matching import independent as independent
 from nde.losses.matching import optimal as optimal
 from nde.losses.moments import moments as moments
 from nde.losses.path_score import path_score as path_score
+from nde.losses.prediction import prediction_error as prediction_error
+from nde.losses.prediction import prediction_likelihood as prediction_likelihood
 from nde.losses.signature_kernel import signature_gram as signature_gram
 from nde.losses.signature_kernel import signature_kernel as signature_kernel
 from nde.losses.signature_score import signature_score as signature_score
@@ -55,6 +58,8 @@ __all__ = [
     "mse",
     "optimal",
     "path_score",
+    "prediction_error",
+    "prediction_likelihood",
     "signature_gram",
     "signature_kernel",
     "signature_score",
@@ -62,4 +67,12 @@ __all__ = [
 ]
 
 # Losses whose data begins with the times of the series, shape (examples, times).
-TIMES_FIRST = (evidence, likelihood, matched_evidence, path_score, trajectory)
+TIMES_FIRST = (
+    evidence,
+    likelihood,
+    matched_evidence,
+    path_score,
+    prediction_error,
+    prediction_likelihood,
+    trajectory,
+)

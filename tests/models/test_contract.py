@@ -125,6 +125,22 @@ def latent():
     )
 
 
+def latent_ode():
+    return nde.LatentODE(
+        nde.latent_ode.GRUEncoder(2, 4, 3, key=KEY),
+        linear(3, 4),
+        mlp(),
+        linear(2, 2),
+        nde.latent_ode.Gaussian(jnp.zeros(2), jnp.zeros(2)),
+        observation_std=0.1,
+    )
+
+
+def recurrent():
+    cell = nde.odernn.Cell(eqx.nn.GRUCell(4, 2, key=KEY))
+    return nde.ODERNN(mlp(), cell, linear(2, 2), jnp.array([0.1, -0.2]))
+
+
 def noisy():
     return nde.HybridSDE(
         lambda t, y, p, args: predator_prey(t, y, p) + p["net"](t, y),
@@ -150,6 +166,8 @@ MODELS = {
     "LatentSDE": Case(
         latent, of_series, draws=True, idle=r"^\.(prior|start|observation)", lines=150
     ),
+    "LatentODE": Case(latent_ode, of_series, draws=True, idle=r"^\.(start|observation)", lines=150),
+    "ODERNN": Case(recurrent, of_series),
     "HybridSDE": Case(noisy, of_times, draws=True),
     "LinearCDE": Case(lambda: nde.LinearCDE(2, 4, 2, key=KEY), of_series),
 }
