@@ -169,7 +169,8 @@ def main(
 
 
 # *What to take away*: where the map that is wanted is no homeomorphism of the data, give the state room:
-# one channel more is enough here, and the equation becomes cheaper to solve as well.
+# a few channels more, and the equation becomes cheaper to solve as well. One is enough in principle; with
+# three the training of the annuli does not get stuck.
 # *Next*: how to make a trained equation cheap on purpose, `ernode_digits.py`.
 
 if __name__ == "__main__":
