@@ -298,8 +298,9 @@ def task_series(ts, ys):
     return ts[usable], ys[usable]
 
 
-# *What to take away*: from series alone, in a minute, a latent SDE forecasts better than the last value;
-# the filter that knows the equations still has less than half of its squared error, and honest bands.
+# *What to take away*: for the next value, a learned filter (GRU-ODE-Bayes) comes as near as the filter that
+# knows the equations. The latent SDE, which also draws whole paths, forecasts better than the last value in
+# as many seconds, with twice the squared error of the filters and bands that are too narrow.
 # *Next*: the same without simulation in training, `sde_lorenz.py`.
 
 if __name__ == "__main__":
