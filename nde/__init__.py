@@ -26,6 +26,7 @@ from nde.latent_ode import LatentODE as LatentODE
 from nde.latent_sde import LatentSDE as LatentSDE
 from nde.linear_cde import LinearCDE as LinearCDE
 from nde.log_cde import LogNeuralCDE as LogNeuralCDE
+from nde.measured import Measured as Measured
 from nde.mechanics import HamiltonianODE as HamiltonianODE
 from nde.mechanics import LagrangianODE as LagrangianODE
 from nde.mechanics import PortHamiltonianODE as PortHamiltonianODE
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from nde import inference as inference
     from nde import plot as plot
     from nde import train as train
+    from nde._mixed_effects import mixed_effects as mixed_effects
     from nde.inference import least_squares as least_squares
     from nde.train import fit as fit
 
@@ -55,6 +57,7 @@ __all__ = [
     "LatentSDE",
     "LinearCDE",
     "LogNeuralCDE",
+    "Measured",
     "NeuralCDE",
     "NeuralODE",
     "NeuralSDE",
@@ -69,6 +72,7 @@ __all__ = [
     "least_squares",
     "load",
     "losses",
+    "mixed_effects",
     "paths",
     "plot",
     "regularizers",
@@ -86,6 +90,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("nde.train").fit
     if name == "least_squares":
         return importlib.import_module("nde.inference").least_squares
+    if name == "mixed_effects":
+        return importlib.import_module("nde._mixed_effects").mixed_effects
     if name == "__version__":
         return importlib.metadata.version("nde")
     raise AttributeError(f"module 'nde' has no attribute {name!r}")

@@ -14,6 +14,13 @@ The sum is the default; `combine` puts the network, and what is given as `args` 
 anywhere in the equations. With `network=None` the model is the known equations alone: the
 mechanistic fit that every hybrid model should be compared with.
 
+What the states keep by construction is said with `coordinates`: the equation is solved in
+
+    Logarithms    u = log y,  u' = f / y                      states stay positive
+    Shares        y = T exp(u) / sum exp(u),  u' = f / y      ... and so does their total T, exactly
+
+whatever the network does; `Conserving` keeps a weighted total of any states.
+
 A network that starts at zero (`MLPField(..., last_layer_scale=0.0)`) starts the training at the
 known model. Known part and network may both explain the data: then `phi` means nothing, unless the
 loss keeps the network small.
@@ -31,16 +38,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from nde._coordinates import AbstractCoordinates
+from nde._coordinates import Conserving as Conserving
+from nde._coordinates import Logarithms as Logarithms
+from nde._coordinates import Shares as Shares
 from nde._initial_value import AbstractODE
-from nde._inputs import check_callable
+from nde._inputs import check_callable, check_instance
 from nde._parameters import Bounded as Bounded
 from nde._parameters import Frozen as Frozen
+from nde._parameters import PerSubject as PerSubject
 from nde._parameters import Positive as Positive
+from nde._parameters import RandomEffect as RandomEffect
 from nde._parameters import check_made, floating_leaves, physical
+from nde._parameters import of_subject as of_subject
 from nde._solve import Rates
 from nde.fields import Batched
 
-__all__ = ["Bounded", "Frozen", "HybridODE", "Positive", "additive"]
+__all__ = [
+    "Bounded",
+    "Conserving",
+    "Frozen",
+    "HybridODE",
+    "Logarithms",
+    "PerSubject",
+    "Positive",
+    "RandomEffect",
+    "Shares",
+    "additive",
+    "of_subject",
+]
 
 
 def additive(
@@ -82,6 +108,8 @@ class HybridODE(AbstractODE):
             known(t, y, p | {"input": path.evaluate(t)})`, also with `network=None`. A step may jump over
             what such an input does meanwhile, unless steps end at its knots:
             `stepsize_controller=diffrax.ClipStepSizeController(controller, step_ts=path.ts)`.
+        coordinates: `Logarithms()` for states that stay positive, `Shares()` for such with a constant
+            total; None solves for the state as it is.
         solver: How one step is taken, a `diffrax` solver.
         stepsize_controller: How long a step is, a `diffrax` step-size controller.
         adjoint: How gradients are taken.
@@ -97,6 +125,7 @@ class HybridODE(AbstractODE):
     network: Callable | None
     parameters: PyTree[Any] = eqx.field(converter=floating_leaves)
     combine: Callable = eqx.field(default=additive, kw_only=True)
+    coordinates: AbstractCoordinates | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
         if isinstance(self.known, Batched):
@@ -111,9 +140,17 @@ class HybridODE(AbstractODE):
             check_callable("network", self.network, "(t, y, args)")
         if self.combine is not additive:
             check_callable("combine", self.combine, "(known, network, t, y, parameters, args)")
+        check_instance("coordinates", self.coordinates)
 
     def vector_field(self, t: Float[Array, ""], y: PyTree, args: PyTree[Any]) -> PyTree:
-        """The rate of change at time `t`, shape (), and state `y`; shaped like `y`."""
+        """The rate of change of what is solved for: of the coordinates, or of the state itself."""
+        if self.coordinates is None:
+            return self.rate(t, y, args)
+        state = self.coordinates.decode(y)
+        return self.coordinates.rate(y, state, self.rate(t, state, args))
+
+    def rate(self, t: Float[Array, ""], y: PyTree, args: PyTree[Any] = None) -> PyTree:
+        """The rate of change of the state at time `t`, shape (), and state `y`; shaped like `y`."""
         parameters = self.physical_parameters()
         if self.network is None and self.combine is additive:
             if args is not None:
@@ -131,12 +168,12 @@ class HybridODE(AbstractODE):
         return diffrax.ODETerm(Rates(self.vector_field))
 
     def lift(self, t: Float[Array, ""], y0: PyTree, args: PyTree[Any]) -> PyTree:
-        """The state as it is given."""
-        return y0
+        """The state as it is given, or its coordinates."""
+        return y0 if self.coordinates is None else self.coordinates.encode(y0)
 
     def read(self, t: Float[Array, ""], y: PyTree, args: PyTree[Any]) -> PyTree:
-        """The state as it is."""
-        return y
+        """The state."""
+        return y if self.coordinates is None else self.coordinates.decode(y)
 
     def physical_parameters(self) -> PyTree[Float[Array, "..."]]:
         """The parameters by name, in physical units and the shapes they were made with."""

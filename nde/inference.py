@@ -39,10 +39,19 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from nde._inputs import check_callable
 from nde._model import AbstractModel
+from nde._parameters import Frozen, random_effects
 from nde._training.parameters import split
 from nde.losses.trajectory import series
+from nde.measured import Experiments, Measured
 
-__all__ = ["Estimate", "least_squares", "profile", "relative_offset", "trajectory_residuals"]
+__all__ = [
+    "Estimate",
+    "least_squares",
+    "measured_residuals",
+    "profile",
+    "relative_offset",
+    "trajectory_residuals",
+]
 
 COLLINEAR = 50.0  # VIF of a cosine of .99
 CONVERGED = 1e-3  # relative offset: the estimate is within a thousandth of its standard error
@@ -65,6 +74,31 @@ def trajectory_residuals(
     ts, ys, observed = series(data)
     predicted = jax.vmap(lambda ts, y0: model.solve(ts, y0, throw=False).ys)(ts, ys[:, 0])
     return jnp.where(observed, predicted - jnp.where(observed, ys, 0.0), 0.0) / scale
+
+
+def measured_residuals(model: Measured, data: Experiments) -> list[Array]:
+    """Of an `nde.Measured`: the signed roots of the deviances of what was measured, so that least squares
+    is maximum likelihood, and the random effects in units of their spread, as their law asks.
+
+    Args:
+        model: Its errors are held, such as `Gaussian(0.1)`: what is left over says how large they were
+            (with `noise=None`), and `nde.mixed_effects` finds it.
+        data: `nde.measured.experiments`.
+
+    Returns:
+        A list of arrays; zero where nothing was observed.
+    """
+    is_frozen = lambda node: isinstance(node, Frozen)
+    if not all(map(is_frozen, jax.tree.leaves(model.errors, is_leaf=is_frozen))):
+        raise ValueError(
+            f"`errors` is {model.errors}, with a parameter to be found, which least squares cannot: give "
+            "a number, such as Gaussian(1.0), or use nde.losses.negative_log_likelihood."
+        )
+    observed = ~jnp.isnan(data.ys)
+    means, _ = jax.vmap(model.means)(data)
+    ys, means = jnp.where(observed, data.ys, 1.0), jnp.where(observed, means, 1.0)
+    found = jnp.where(observed, model.errors.residual(ys, means), 0.0)
+    return [found, *(effect.offsets for effect in random_effects(model))]
 
 
 class Estimate(eqx.Module):
@@ -142,7 +176,7 @@ def least_squares(
         RuntimeError: if the optimizer does not converge.
 
     Warns:
-        UserWarning: where the data do not tell parameters apart.
+        UserWarning: where the data do not tell parameters apart; not with random effects.
     """
     check_callable("residuals", residuals, "(model, data)")
     params, fixed, static = split(model, frozen)
@@ -166,7 +200,8 @@ def least_squares(
     inverse = _inverse(jacobian.T @ jacobian)
     inflation = jnp.sum(jacobian**2, axis=0) * jnp.diagonal(inverse)
     names = _names(params)
-    _warn_collinear(names, np.asarray(inflation), np.asarray(inverse))
+    if not random_effects(model):  # what the data do not tell from the center, their law does
+        _warn_collinear(names, np.asarray(inflation), np.asarray(inverse))
     return Estimate(
         model=flat.model(found.value),
         cost=cost,

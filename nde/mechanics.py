@@ -100,9 +100,17 @@ class Quadratic(eqx.Module):
 
     Args:
         mass: A number or an array of shape (n,); of `nde.hybrid.Positive` its value is taken.
+
+    Raises:
+        ValueError: for a mass that is not positive.
     """
 
     mass: Any = 1.0
+
+    def __check_init__(self):
+        mass = getattr(self.mass, "value", self.mass)
+        if eqx.is_array_like(mass) and not is_traced(mass) and not (np.asarray(mass) > 0).all():
+            raise ValueError(f"`mass` is {mass}; a mass is positive.")
 
     def __call__(self, t: Array, p: Half, args: PyTree[Any]) -> Float[Array, ""]:
         """The energy at momentum p, shape (n,)."""

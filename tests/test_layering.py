@@ -20,6 +20,7 @@ FLOORS = {
     **dict.fromkeys(["_inputs", "_times", "_model", "_solve", "_recurrence", "_saving"], 0),
     **dict.fromkeys(["_initial_value", "_controlled", "_stochastic", "_steps", "_latent"], 0),
     **dict.fromkeys(["_parameters", "fields", "paths"], 0),
+    **dict.fromkeys(["_coordinates", "_dosing", "_errors", "_experiments"], 0),
     "cde": 1,
     "cnf": 1,
     "hybrid": 1,
@@ -28,13 +29,14 @@ FLOORS = {
     "latent_sde": 1,
     "linear_cde": 1,
     "log_cde": 1,
+    "measured": 1,
     "mechanics": 1,
     "ode": 1,
     "odernn": 1,
     "sde": 1,
     "symbolic": 1,
     **dict.fromkeys(["losses", "regularizers", "evaluate", "gan"], 2),
-    **dict.fromkeys(["_training", "train", "inference"], 3),
+    **dict.fromkeys(["_training", "train", "inference", "_mixed_effects"], 3),
     **dict.fromkeys(["plot", "doctor", "__init__"], 4),
 }
 MODELS = 1

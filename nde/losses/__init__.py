@@ -6,6 +6,7 @@ draw paths, scores compare a sample of paths with another, `score(ts, fake, real
 `likelihood` is for SDEs whose state is observed, `flow_likelihood` and `flow_matching` for an `nde.CNF`.
 `evidence` is for an `nde.LatentODE` or an `nde.LatentSDE`, `matched_evidence` for the latter;
 `prediction_error` and `prediction_likelihood` for an `nde.ODERNN`.
+`negative_log_likelihood` is that of measurements of an `nde.Measured`.
 """
 
 from nde.losses.evidence import evidence as evidence
@@ -22,6 +23,7 @@ from nde.losses.matching import VariancePreserving as VariancePreserving
 from nde.losses.matching import flow_matching as flow_matching
 from nde.losses.matching import independent as independent
 from nde.losses.matching import optimal as optimal
+from nde.losses.measurements import negative_log_likelihood as negative_log_likelihood
 from nde.losses.moments import moments as moments
 from nde.losses.path_score import path_score as path_score
 from nde.losses.prediction import prediction_error as prediction_error
@@ -56,6 +58,7 @@ __all__ = [
     "matched_evidence",
     "moments",
     "mse",
+    "negative_log_likelihood",
     "optimal",
     "path_score",
     "prediction_error",

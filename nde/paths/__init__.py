@@ -9,7 +9,7 @@ once, `paths = jax.vmap(hermite_cubic)(ts, ys, lengths)`, and batch, index and s
 """
 
 from nde.paths.control import AbstractControl, ControlPath
-from nde.paths.interpolation import hermite_cubic, linear, natural_cubic, rectilinear
+from nde.paths.interpolation import held, hermite_cubic, linear, natural_cubic, rectilinear
 from nde.paths.logsignature import LogSignaturePath, log_signature, lyndon_words
 from nde.paths.series import PaddedSeries, fill_gaps, pad_series
 from nde.paths.stream import Stream
@@ -21,6 +21,7 @@ __all__ = [
     "PaddedSeries",
     "Stream",
     "fill_gaps",
+    "held",
     "hermite_cubic",
     "linear",
     "log_signature",

@@ -4,6 +4,7 @@ r"""Interpolation of an irregular series by a control path.
     rectilinear      first time moves, then the values: nothing is known before it is observed
     hermite_cubic    cubic; the slope at an observation is that of the interval before it
     natural_cubic    cubic with two continuous derivatives, from all observations at once
+    held             each value until the next one: an input that is switched
 
 Hermite cubic with backward differences: on [t_i, t_{i+1}], with D the slope of the interval, b that
 of the interval before (the first one: b = D), h its length and s = t - t_i,
@@ -30,12 +31,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import lineax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from nde.paths.control import ControlPath
 from nde.paths.series import cleaned, fill
 
-__all__ = ["hermite_cubic", "linear", "natural_cubic", "rectilinear"]
+__all__ = ["held", "hermite_cubic", "linear", "natural_cubic", "rectilinear"]
 
 
 def linear(
@@ -147,6 +148,27 @@ def natural_cubic(
     knots = known.at[:, int(time) : int(time) + ys.shape[1]].set(knots)
     spline = jax.vmap(functools.partial(_natural_pieces, ts), in_axes=(1, 1), out_axes=2)
     return ControlPath(ts, spline(xs, knots), ts, smooth=True, causal=False)
+
+
+def held(ts: Float[ArrayLike, " times"], ys: Float[ArrayLike, "times channels"]) -> ControlPath:
+    """Each value from its time to the next: an input that is switched, a heating, an infusion rate.
+
+    The path jumps at its knots. A solve meets the jumps exactly where steps end at them:
+    `jumps=` of `nde.measured.experiments`, or
+    `stepsize_controller=diffrax.ClipStepSizeController(controller, jump_ts=path.ts)`. Its derivative is
+    zero: it is for `evaluate`, not to drive a controlled equation.
+
+    Args:
+        ts: Times, increasing, shape (times,), at least two.
+        ys: Values, shape (times, channels). The last one is at the last time alone, where the path ends.
+
+    Raises:
+        ValueError: as `linear`.
+    """
+    ts, ys, observed = cleaned(jnp.asarray(ts), jnp.asarray(ys), None)
+    values = fill(ts, ys, observed, True)[:-1]
+    coefficients = jnp.stack([values, jnp.zeros_like(values)], axis=1)
+    return ControlPath(ts, coefficients, ts, smooth=False, causal=True)
 
 
 def straight(
