@@ -6,9 +6,11 @@ draw paths, scores compare a sample of paths with another, `score(ts, fake, real
 `likelihood` is for SDEs whose state is observed, `flow_likelihood` and `flow_matching` for an `nde.CNF`.
 `evidence` is for an `nde.LatentODE` or an `nde.LatentSDE`, `matched_evidence` for the latter;
 `prediction_error` and `prediction_likelihood` for an `nde.ODERNN`.
-`negative_log_likelihood` is that of measurements of an `nde.Measured`.
+`negative_log_likelihood` is that of measurements of an `nde.Measured`. `shooting` and `collocation` train
+where a whole trajectory does not.
 """
 
+from nde.losses.collocation import collocation as collocation
 from nde.losses.evidence import evidence as evidence
 from nde.losses.evidence import matched_evidence as matched_evidence
 from nde.losses.finite_dimensional import finite_dimensional_score as finite_dimensional_score
@@ -28,6 +30,8 @@ from nde.losses.moments import moments as moments
 from nde.losses.path_score import path_score as path_score
 from nde.losses.prediction import prediction_error as prediction_error
 from nde.losses.prediction import prediction_likelihood as prediction_likelihood
+from nde.losses.shooting import shooting as shooting
+from nde.losses.shooting import shooting_nodes as shooting_nodes
 from nde.losses.signature_kernel import signature_gram as signature_gram
 from nde.losses.signature_kernel import signature_kernel as signature_kernel
 from nde.losses.signature_score import signature_score as signature_score
@@ -46,6 +50,7 @@ __all__ = [
     "Straight",
     "VariancePreserving",
     "bridge_density",
+    "collocation",
     "euler_density",
     "evidence",
     "finite_dimensional_score",
@@ -63,6 +68,8 @@ __all__ = [
     "path_score",
     "prediction_error",
     "prediction_likelihood",
+    "shooting",
+    "shooting_nodes",
     "signature_gram",
     "signature_kernel",
     "signature_score",
@@ -77,5 +84,6 @@ TIMES_FIRST = (
     path_score,
     prediction_error,
     prediction_likelihood,
+    shooting,
     trajectory,
 )

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nde._inputs import check_callable
 from nde.losses.horizon import growing_horizon
+from nde.losses.pull import pulled, through
 from nde.losses.series import which_count
 from nde.losses.squared_error import broadcast_mask, mean_that_counts, mse
 
@@ -22,6 +23,7 @@ def trajectory(
     *,
     error: Callable = mse,
     horizon: Callable | None = None,
+    pull: Callable | None = None,
     regularizer: Callable | None = None,
     coefficient: float | Callable = 1.0,
     dropout: float = 0.0,
@@ -47,6 +49,10 @@ def trajectory(
             (examples, times - 1, ...): `mse`, `log_mse`.
         horizon: `horizon(step) -> fraction` of the series to train on, see `growing_horizon`: any
             optax schedule. Without one it is that of the `nde.train.Stage`, if it has one.
+        pull: `pull(step) -> rate` of a pull of the solution to the data, y' = f + rate (x - y), for
+            states of shape (channels,): an optax schedule that ends at zero, such as
+            `optax.polynomial_schedule(10.0, 0.0, 2.0, 1000)`. It makes oscillations trainable whose
+            loss has many local minima; the rate is per unit of `ts`.
         regularizer: One of `nde.regularizers`, to be added as its mean over the batch.
         coefficient: Of the regularizer: a number, or a function of the step such as
             `nde.regularizers.exponential_decay(100.0, 10.0, 3000)`. It is multiplied by the weight
@@ -54,8 +60,8 @@ def trajectory(
         dropout: Share of the observation times to leave out at every step, drawn anew for every
             example, in [0, 1).
 
-    In a validation (`batch.training` is False) the horizon is the whole series, and neither the
-    regularizer nor the dropout takes part.
+    In a validation (`batch.training` is False) the horizon is the whole series, and neither the pull,
+    the regularizer nor the dropout takes part.
 
     Returns:
         The loss, and as metrics the fraction of solves that `failed`, the `result` of each, the
@@ -76,28 +82,36 @@ def trajectory(
     ts, ys, observed = series(batch.data)
     if horizon is not None:
         check_callable("horizon", horizon, "(step)")
+    if pull is not None:
+        check_callable("pull", pull, "(step)")
+        if regularizer is not None:
+            raise ValueError(
+                "`pull` and `regularizer` were given; a pulled solve has no regularizer."
+            )
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout}; it is a share of the times, in [0, 1).")
     fraction, keys = batch.horizon, batch.example_keys(key)
     if horizon is not None:
         fraction = horizon(batch.step)
     if not batch.training:
-        fraction, regularizer, dropout = None, None, 0.0
+        fraction, pull, regularizer, dropout = None, None, None, 0.0
     if dropout:
         drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), ts.shape[1:]))
         observed = observed & broadcast_mask(drawn(keys) >= dropout, observed)
+    paths = None if pull is None else jax.vmap(through)(ts, ys, observed)
     if fraction is not None:
         ts, seen = jax.vmap(growing_horizon, in_axes=(0, None))(ts, fraction)
         observed = observed & broadcast_mask(seen, observed)
 
-    def solve(ts, y0, key):
+    def solve(ts, y0, key, path):
         if regularizer is None:
-            solution, penalty = model.solve(ts, y0, throw=False), jnp.zeros(())
+            solved = model if pull is None else pulled(model, path, pull(batch.step))
+            solution, penalty = solved.solve(ts, y0, throw=False), jnp.zeros(())
         else:
             solution, penalty = regularizer(model, ts, y0, key=key)
         return solution.ys, solution.result, solution.stats, penalty
 
-    predicted, results, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys)
+    predicted, results, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys, paths)
     failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed
     metrics: dict[str, Any] = {"failed": mean_that_counts(failed, batch.mask), "result": results}
@@ -114,8 +128,10 @@ def trajectory(
     return loss, metrics
 
 
-def series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]:
-    """Times, values and which of them count."""
+def series(
+    data: Any, starts: bool = True
+) -> tuple[Array, Array, Bool[Array, "examples times ..."]]:
+    """Times, values and which of them count; with `starts`, the first row of each must be there."""
     arrays = isinstance(data, tuple | list) and len(data) in (2, 3) and all(map(eqx.is_array, data))
     if (
         not arrays
@@ -131,7 +147,7 @@ def series(data: Any) -> tuple[Array, Array, Bool[Array, "examples times ..."]]:
         )
     ts, ys, *mask = data
     observed = which_count(ts, ys, *mask)
-    if mask:
+    if mask and starts:
         ys = eqx.error_if(
             ys,
             ~jnp.all(observed[:, 0]),
