@@ -3,6 +3,7 @@
     fronts = symbolic.distill(model, states, variables=("q", "v"), key=key)   # what a network has learned,
     fronts = symbolic.search(*symbolic.slopes(ts, ys), variables=..., key=key)        # or raw trajectories
     print(fronts[0].table())                                             # loss against complexity
+    fronts = symbolic.distill(..., by=symbolic.sparse, library=...)      # or sums of the terms of a library
     found = symbolic.refine(fronts, nde.NeuralODE, ts, y0s, ys)          # constants through the solve
     model = found.model()                                                # solves, trains and saves
 
@@ -15,6 +16,7 @@ from nde.symbolic.front import Front
 from nde.symbolic.operators import OPERATORS as OPERATORS
 from nde.symbolic.refinement import Refined, refine
 from nde.symbolic.regression import distill, search, slopes
+from nde.symbolic.sparse import polynomials, sparse
 from nde.symbolic.units import Units
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "Refined",
     "Units",
     "distill",
+    "polynomials",
     "refine",
     "search",
     "slopes",
+    "sparse",
 ]

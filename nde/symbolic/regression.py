@@ -78,7 +78,7 @@ def search(
             variable allows, and units that nothing was found to agree with.
     """
     operators, variables = check_operators(operators), tuple(variables)
-    x, y = _checked_data(inputs, targets, variables)
+    x, y = checked_data(inputs, targets, variables)
     _check_applicable(operators, x)
     counts = {"length": length, "generations": generations, "islands": islands, "births": births}
     for name, count in (counts | {"population": population, "tournament": tournament}).items():
@@ -122,6 +122,7 @@ def distill(
     *,
     t: float = 0.0,
     args: Any = None,
+    by: Callable[..., tuple[Front, ...]] = search,
     **options: Any,
 ) -> tuple[Front, ...]:
     """Formulas for what a network has learned: of a `HybridODE` its network term, of other models the
@@ -133,7 +134,8 @@ def distill(
             where it has seen no data.
         t: The time at which to look.
         args: Passed to the field.
-        options: Of `search`.
+        by: `search`, or `sparse` for sums of terms of a library.
+        options: Of it.
 
     Returns:
         One `Front` per output of the field.
@@ -143,7 +145,7 @@ def distill(
     states = jnp.asarray(states)
     now = jnp.asarray(t, states.dtype)
     targets = eqx.filter_jit(jax.vmap(lambda y: field(now, y, args)))(states)
-    return search(states, targets, **options)
+    return by(states, targets, **options)
 
 
 def slopes(
@@ -228,7 +230,7 @@ def _front(language: Language, state: State, spread: float) -> Front:
     return make_front(expressions, hall.loss[found] / spread)
 
 
-def _checked_data(inputs: Any, targets: Any, variables: tuple[str, ...]) -> tuple[Array, Array]:
+def checked_data(inputs: Any, targets: Any, variables: tuple[str, ...]) -> tuple[Array, Array]:
     """`inputs` and `targets` with the points last."""
     x, y = np.asarray(inputs), np.asarray(targets)
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
