@@ -246,7 +246,7 @@ def picture(model, ts, ys, past):
 
 
 def main(
-    steps: int = 1500,
+    steps: int = 800,
     plot: bool = True,
     *,
     series: int = 4000,
