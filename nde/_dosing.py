@@ -43,14 +43,14 @@ def states_at(
         jumps: Where the equation jumps: times in order; those outside the solve do nothing.
     """
     if jumps is not None:
-        controller = diffrax.ClipStepSizeController(model.stepsize_controller, jump_ts=jumps)
+        inner: Any = model.stepsize_controller
+        controller = diffrax.ClipStepSizeController(inner, jump_ts=jumps)
         model = dataclasses.replace(model, stepsize_controller=controller)
     if doses is None:
         solution = model.solve(jnp.append(t0, ts), y0, args, throw=throw)
         states = jax.tree.map(lambda x: x[1:], solution.ys)
         return states, solution.result != diffrax.RESULTS.successful
-    ts, t0, y0, doses = in_one_precision(ts, t0, y0, doses)
-    times, amounts = doses
+    ts, t0, y0, times, amounts = in_one_precision(ts, t0, y0, *doses)
     edges = jnp.concatenate([t0[None], jnp.clip(times, t0, ts[-1]), ts[-1:]])
 
     def interval(y: PyTree[Array], inputs: tuple) -> tuple[PyTree[Array], tuple]:

@@ -50,7 +50,8 @@ class Experiments(eqx.Module):
 
     def at(self, ts: Float[ArrayLike, " times"]) -> "Experiments":
         """The same experiments at other times, for a forecast: nothing is observed there."""
-        ts = jnp.broadcast_to(jnp.asarray(ts, self.ts.dtype), (*self.t0.shape, len(ts)))
+        ts = jnp.asarray(ts, self.ts.dtype)
+        ts = jnp.broadcast_to(ts, (*self.t0.shape, *ts.shape))
         ys = jnp.full((*ts.shape, self.ys.shape[-1]), jnp.nan, self.ys.dtype)
         return dataclasses.replace(self, ts=ts, ys=ys)
 
@@ -120,7 +121,7 @@ def experiments(
         args=None if args is None else _stacked("args", args),
         covariates=None if covariates is None else _stacked("covariates", covariates),
         subject=jnp.asarray(np.arange(count) if subject is None else _whole(subject)),
-        doses=None if doses is None else _padded_doses(doses, first, ends),
+        doses=None if doses is None else _padded_doses(doses, list(first), ends),
         jumps=None if jumps is None else _padded_jumps(jumps, ends),
     )
 

@@ -113,12 +113,13 @@ class Measured(eqx.Module):
     ) -> tuple[Float[Array, "times channels"], Bool[Array, ""]]:
         """The same, and whether the solve failed; with `throw` a failed solve raises."""
         states, failed = self.states(experiment, throw=throw)
-        if self.observe is None:
+        observe = self.observe
+        if observe is None:
             means = states
         else:
             own = of_subject(self, experiment.subject)
             p = own.parameters()
-            means = jax.vmap(lambda t, y: self.observe(t, y, p, experiment.covariates))(
+            means = jax.vmap(lambda t, y: observe(t, y, p, experiment.covariates))(
                 experiment.ts, states
             )
         if jnp.shape(means) != experiment.ys.shape:
