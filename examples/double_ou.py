@@ -300,7 +300,7 @@ def task_series(ts, ys):
 
 # *What to take away*: for the next value, a learned filter (GRU-ODE-Bayes) comes as near as the filter that
 # knows the equations. The latent SDE, which also draws whole paths, forecasts better than the last value in
-# as many seconds, with twice the squared error of the filters and bands that are too narrow.
+# as many seconds, with two to three times the squared error of the filters and bands that are too narrow.
 # *Next*: the same without simulation in training, `sde_lorenz.py`.
 
 if __name__ == "__main__":

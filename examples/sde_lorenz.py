@@ -215,9 +215,9 @@ def main(
     return results
 
 
-# *What to take away*: both ways train the same prior. A step that simulates nothing is cheaper by what the
-# simulation takes; here 80 steps of four entries take less than the encoder, and simulation comes
-# out ahead in equal time. Matching is for long or stiff paths.
+# *What to take away*: both ways train the same prior, and after as many steps matching has the better
+# bound. A step of it is not cheaper here: 80 steps of four entries take less time than the encoder.
+# Matching is for long or stiff paths.
 # *Next*: a score in place of a likelihood, `sde_ou.py`.
 
 if __name__ == "__main__":
