@@ -8,6 +8,7 @@ import numpy as np
 
 from nde._training.batching import IteratorBatches
 from nde._training.history import Reports
+from nde._training.packing import pack
 from nde._training.step import gradient_norm
 
 
@@ -48,7 +49,7 @@ def test_the_program_of_the_norm_grows_with_the_number_of_arrays_and_no_faster()
 
 def test_results_of_examples_are_looked_at_and_not_kept():
     reports = Reports(1, progress=False)
-    reports.add({"loss": jnp.array(1.0), "result": jnp.zeros(1000, int)})
+    reports.add([pack({"loss": jnp.array(1.0), "result": jnp.zeros(1000, int)})], {})
     [(_, record)] = reports.fetch()
     assert record["result"].shape == (1000,)
     assert sorted(reports.columns()) == ["loss", "seconds"]

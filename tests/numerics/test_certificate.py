@@ -157,7 +157,7 @@ def test_drift_and_split_are_what_they_say(solver, every):
     steps = 150
     stats = solved(solver, ReversibleAdjoint(every, certify=True), STRONG, steps=steps).stats
     drift, split = there_and_back(solver, STRONG, steps, 0.01, every or steps)
-    floor = 1e-6  # a few roundings, which two compilations need not share
+    floor = 2e-6  # a few roundings, which two compilations need not share
     assert drift / 10 - floor < stats["drift"] < 10 * drift + 2 * floor
     np.testing.assert_allclose(stats["split"], split, rtol=0.3, atol=1e-6)
 
