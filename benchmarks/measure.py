@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -131,6 +132,54 @@ def _cell(entry: Any) -> str:
     if entry is None:
         return "-"
     return f"{entry:.3g}" if isinstance(entry, float) else str(entry)
+
+
+def compiled_calls(
+    methods: dict[str, tuple[Any, Callable]], inputs: Any
+) -> tuple[dict[str, Callable], dict[str, float]]:
+    """Gradients by name, compiled, and the megabytes that each needs."""
+    calls, memory = {}, {}
+    for name, (model, loss) in methods.items():
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+        closed = lambda params, inputs, loss=loss, static=static: loss(
+            eqx.combine(params, static), inputs
+        )
+        compiled = jax.jit(jax.grad(closed)).lower(params, inputs).compile()
+        memory[name] = temporary_megabytes(compiled)
+        calls[name] = lambda compiled=compiled, params=params: compiled(params, inputs)
+    return calls, memory
+
+
+def entry(what: str, case: dict, seconds: dict, memory: dict, claims: list) -> dict[str, Any]:
+    """One problem of a report: medians by method, memory, and the claims about them."""
+    return {
+        "what": what,
+        "case": case,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "temporary_megabytes": memory,
+        "claims": claims,
+    }
+
+
+def show_and_write(
+    entries: Sequence[dict[str, Any]], out: Path | None, packages: Sequence[str]
+) -> None:
+    """Prints entries, and saves them if `out` is given."""
+    for result in entries:
+        rows = [
+            [name, 1e3 * seconds, result["temporary_megabytes"].get(name)]
+            for name, seconds in result["seconds"].items()
+        ]
+        print(f"\n{result['what']} {result['case']}")
+        print(table(("method", "ms", "MB"), rows))
+        for claim in result["claims"]:
+            print(claim.line())
+    if out is not None:
+        records = [
+            result | {"claims": [claim.record() for claim in result["claims"]]}
+            for result in entries
+        ]
+        write(out, {"environment": environment(packages), "cases": records})
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:

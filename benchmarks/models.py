@@ -28,7 +28,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import measure
-from neural_sde import compiled_calls, entry
 
 import nde
 from nde import losses
@@ -308,7 +307,7 @@ def compared(
     pairs: list[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Times in turns, and ratios to each peer."""
-    calls, memory = compiled_calls(methods, inputs)
+    calls, memory = measure.compiled_calls(methods, inputs)
     calls |= {name: call for name, call in torch_calls.items() if call is not None}
     seconds = measure.interleaved(calls, rounds)
     peers = [name for name in calls if not name.startswith("nde")]
@@ -317,7 +316,7 @@ def compared(
         measure.Claim(f"{name} / {peer}", measure.ratio(seconds, name, peer), 1.0)
         for name, peer in pairs
     ]
-    return entry(what, sizes._asdict(), seconds, memory, claims)
+    return measure.entry(what, sizes._asdict(), seconds, memory, claims)
 
 
 def main() -> None:
@@ -336,18 +335,8 @@ def main() -> None:
         flow(small if args.quick else Sizes(256, 2, 64), rounds),
         latent_ode(small if args.quick else some, rounds),
     ]
-    for result in entries:
-        rows = [
-            [name, 1e3 * seconds, result["temporary_megabytes"].get(name)]
-            for name, seconds in result["seconds"].items()
-        ]
-        print(f"\n{result['what']} {result['case']}")
-        print(measure.table(("method", "ms", "MB"), rows))
-        for claim in result.pop("_claims"):
-            print(claim.line())
-    if args.out:
-        packages = ["nde", "jax", "jaxlib", "diffrax", "equinox", "torch", "torchdiffeq"]
-        measure.write(args.out, {"environment": measure.environment(packages), "cases": entries})
+    packages = ["nde", "jax", "jaxlib", "diffrax", "equinox", "torch", "torchdiffeq"]
+    measure.show_and_write(entries, args.out, packages)
 
 
 if __name__ == "__main__":

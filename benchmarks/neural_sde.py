@@ -142,7 +142,7 @@ def generators(case: Case, rounds: int, seed: int) -> dict[str, Any]:
         "reversible Heun, diffrax": by_diffrax(case, key, diffrax.ReversibleHeun()),
     }
     keys = jax.random.split(key, case.paths)
-    calls, memory = compiled_calls(methods, keys)
+    calls, memory = measure.compiled_calls(methods, keys)
     torch = by_torchsde(case, seed)
     if torch is not None:
         calls["reversible Heun, torchsde"] = torch
@@ -157,7 +157,7 @@ def generators(case: Case, rounds: int, seed: int) -> dict[str, Any]:
             claims.append(
                 measure.Claim(f"{name} / {peer}", measure.ratio(seconds, name, peer), most)
             )
-    return entry("generator", case._asdict(), seconds, memory, claims)
+    return measure.entry("generator", case._asdict(), seconds, memory, claims)
 
 
 def latent(kind: str, key: jax.Array) -> nde.LatentSDE:
@@ -198,11 +198,11 @@ def latents(rounds: int, seed: int, batch: int = 64, times: int = 41) -> dict[st
             lambda m, key: losses.matched_evidence(m, data, key, samples=4)[0],
         ),
     }
-    calls, memory = compiled_calls(methods, key)
+    calls, memory = measure.compiled_calls(methods, key)
     seconds = measure.interleaved(calls, rounds)
     ratio = measure.ratio(seconds, "matched", "simulated")
     claims = [measure.Claim("matched / simulated", ratio, 1 / 3)]
-    return entry("latent SDE", {"batch": batch, "times": times}, seconds, memory, claims)
+    return measure.entry("latent SDE", {"batch": batch, "times": times}, seconds, memory, claims)
 
 
 def plain_gram(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -234,7 +234,7 @@ def kernels(rounds: int, seed: int, paths: int = 32, times: int = 64) -> dict[st
         "ours": (x, lambda x, y: jnp.mean(losses.signature_gram(x, y, dyadic_order=0))),
         "autodiff of the sweep": (x, lambda x, y: jnp.mean(plain_gram(x, y))),
     }
-    calls, memory = compiled_calls(methods, y)
+    calls, memory = measure.compiled_calls(methods, y)
     seconds = measure.interleaved(calls, rounds)
     claims = [
         measure.Claim(
@@ -244,36 +244,11 @@ def kernels(rounds: int, seed: int, paths: int = 32, times: int = 64) -> dict[st
             "ours / autodiff", measure.ratio(seconds, "ours", "autodiff of the sweep"), None
         ),
     ]
-    report = entry("signature kernel", {"paths": paths, "times": times}, seconds, memory, claims)
+    report = measure.entry(
+        "signature kernel", {"paths": paths, "times": times}, seconds, memory, claims
+    )
     difference = measure.relative_difference(calls["ours"](), calls["autodiff of the sweep"]())
     return report | {"difference": difference}
-
-
-def compiled_calls(
-    methods: dict[str, tuple[Any, Callable]], inputs: Any
-) -> tuple[dict[str, Callable], dict[str, float]]:
-    """Gradients by name, compiled, and the megabytes that each needs."""
-    calls, memory = {}, {}
-    for name, (model, loss) in methods.items():
-        params, static = eqx.partition(model, eqx.is_inexact_array)
-        closed = lambda params, inputs, loss=loss, static=static: loss(
-            eqx.combine(params, static), inputs
-        )
-        compiled = jax.jit(jax.grad(closed)).lower(params, inputs).compile()
-        memory[name] = measure.temporary_megabytes(compiled)
-        calls[name] = lambda compiled=compiled, params=params: compiled(params, inputs)
-    return calls, memory
-
-
-def entry(what: str, case: dict, seconds: dict, memory: dict, claims: list) -> dict[str, Any]:
-    return {
-        "what": what,
-        "case": case,
-        "seconds": {name: sorted(values)[len(values) // 2] for name, values in seconds.items()},
-        "temporary_megabytes": memory,
-        "claims": [claim.record() for claim in claims],
-        "_claims": claims,
-    }
 
 
 def main() -> None:
@@ -286,18 +261,7 @@ def main() -> None:
     cases = [Case(*map(int, c.split(","))) for c in args.cases] if args.cases else CASES
     entries = [generators(case, args.rounds, args.seed) for case in cases]
     entries += [latents(args.rounds, args.seed), kernels(args.rounds, args.seed)]
-    for result in entries:
-        rows = [
-            [name, 1e3 * seconds, result["temporary_megabytes"].get(name)]
-            for name, seconds in result["seconds"].items()
-        ]
-        print(f"\n{result['what']} {result['case']}")
-        print(measure.table(("method", "ms", "MB"), rows))
-        for claim in result.pop("_claims"):
-            print(claim.line())
-    if args.out:
-        packages = ["jax", "equinox", "diffrax", "torch", "torchsde"]
-        measure.write(args.out, {"environment": measure.environment(packages), "cases": entries})
+    measure.show_and_write(entries, args.out, ["jax", "equinox", "diffrax", "torch", "torchsde"])
 
 
 if __name__ == "__main__":

@@ -139,6 +139,19 @@ class GRUEncoder(eqx.Module):
         return jax.lax.scan(step, start, rows, reverse=reverse)[1]
 
 
+def encoded(encoder: Callable, ts: Float[Array, " times"], ys: Series) -> Context:
+    """The times, in one precision with the observations, and a context of each."""
+    dtype = jnp.promote_types(ts.dtype, ys.dtype)
+    ts = ts.astype(dtype)
+    contexts = encoder(ts, ys.astype(dtype))
+    if jnp.ndim(contexts) != 2 or contexts.shape[0] != ts.shape[0]:
+        raise ValueError(
+            f"`encoder` returned shape {jnp.shape(contexts)} for {ts.shape[0]} times; return a "
+            "context for each, shape (times, context)."
+        )
+    return ts, contexts
+
+
 def as_parameter(std: ArrayLike | AbstractParameter) -> AbstractParameter:
     """A standard deviation as a parameter: a number is held fixed."""
     return std if isinstance(std, AbstractParameter) else Frozen(std)

@@ -44,6 +44,7 @@ from nde._latent import (
     check_forwards,
     check_observation_std,
     check_series,
+    encoded,
     gaussian_of,
     log_likelihood,
 )
@@ -161,13 +162,7 @@ class LatentODE(AbstractModel):
         check_times(ts)
         check_forwards(ts)
         check_series(ts, ys)
-        dtype = jnp.promote_types(ts.dtype, ys.dtype)
-        contexts = self.encoder(ts.astype(dtype), ys.astype(dtype))
-        if jnp.ndim(contexts) != 2 or contexts.shape[0] != ts.shape[0]:
-            raise ValueError(
-                f"`encoder` returned shape {jnp.shape(contexts)} for {ts.shape[0]} times; return a "
-                "context for each, shape (times, context)."
-            )
+        _, contexts = encoded(self.encoder, ts, ys)
         posterior = gaussian_of("initial", self.initial(contexts[0]))
         if posterior.mean.shape != self.start.mean.shape:
             raise ValueError(

@@ -50,6 +50,7 @@ from nde._latent import (
     as_parameter,
     check_observation_std,
     check_series,
+    encoded,
     gaussian_of,
     log_likelihood,
 )
@@ -413,9 +414,7 @@ class LatentSDE(AbstractSDE):
     def _context(self, ts, ys) -> Context:
         check_times_of_noise(ts, self.dt0)
         check_series(ts, ys)
-        ys = ys.astype(jnp.promote_types(ts.dtype, ys.dtype))
-        ts = ts.astype(ys.dtype)
-        return ts, self.encoder(ts, ys)
+        return encoded(self.encoder, ts, ys)
 
 
 class _Held(eqx.Module):

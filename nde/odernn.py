@@ -360,9 +360,18 @@ def solve_gaps(
     elif throw and int(code(result)):
         _raise_failure(model, h, t0, ts, ys, args)
     return diffrax.Solution(
-        t0=t0, t1=ts[-1], ts=ts, ys=crossings, interpolation=None, stats=stats, result=result,
-        solver_state=None, controller_state=None, made_jump=None, event_mask=None,
-    )  # fmt: skip
+        t0=t0,
+        t1=ts[-1],
+        ts=ts,
+        ys=crossings,
+        interpolation=None,
+        stats=stats,
+        result=result,
+        solver_state=None,
+        controller_state=None,
+        made_jump=None,
+        event_mask=None,
+    )
 
 
 @eqx.filter_jit

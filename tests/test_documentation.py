@@ -1,7 +1,6 @@
 """What the pages say is what the library does: names, code and numbers."""
 
 import importlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load
 
 import nde
 import nde.solvers
@@ -79,21 +79,14 @@ def test_the_code_on_a_page_runs(page, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def load_report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_numbers_on_the_pages_are_those_of_the_results():
-    report = load_report()
+    report = load("benchmarks/report.py")
     for page in report.PAGES:
         text = (ROOT / page).read_text()
         assert text == report.filled(text), f"run `python benchmarks/report.py` to refresh {page}"
 
 
 def test_a_number_that_was_not_measured_is_seen():
-    report = load_report()
+    report = load("benchmarks/report.py")
     page = "<!-- ode_gradient -->\n| 1 ms |\n<!-- /ode_gradient -->\n"
     assert report.filled(page) != page

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nde._inputs import check_callable
+from nde.losses.metrics import solve_metrics
 from nde.losses.series import as_series
-from nde.losses.squared_error import mean_that_counts
 from nde.solvers.inputs import check_count
 
 Unit = Literal["series", "value"]
@@ -75,7 +75,8 @@ def evidence(
         parts = jax.tree.map(lambda x: jnp.mean(x, axis=0), parts)
         failed = solution.result != diffrax.RESULTS.successful
         first = lambda x: x[jnp.argmax(failed)]
-        return parts, jax.tree.map(first, solution.result), solution.stats
+        stats = jax.tree.map(jnp.sum, solution.stats)  # of all draws
+        return parts, jax.tree.map(first, solution.result), stats
 
     ts, targets, observed = as_series(batch.data, "evidence")
     targets = jnp.where(observed, targets, jnp.nan)
@@ -86,10 +87,7 @@ def evidence(
     if per == "value":
         sizes = jnp.sum(observed, axis=(1, 2), dtype=ys.dtype)
     loss, metrics = _loss(parts, sizes, batch, batch.mask & ~failed, kl_weight)
-    metrics |= {"failed": mean_that_counts(failed, batch.mask), "result": results}
-    if "nfe" in stats:
-        metrics["nfe"] = mean_that_counts(jnp.sum(stats["nfe"], axis=1), batch.mask)
-    return loss, metrics
+    return loss, metrics | solve_metrics(results, stats, batch.mask)
 
 
 def matched_evidence(

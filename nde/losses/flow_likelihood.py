@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from nde.losses.matching import points_of
-from nde.losses.squared_error import mean_that_counts
+from nde.losses.metrics import mean_that_counts, solve_metrics
 
 
 def flow_likelihood(
@@ -48,9 +48,7 @@ def flow_likelihood(
     results = found.solution.result
     failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed
-    metrics: dict[str, Any] = {"failed": mean_that_counts(failed, batch.mask), "result": results}
-    if "nfe" in found.solution.stats:
-        metrics["nfe"] = mean_that_counts(found.solution.stats["nfe"], batch.mask)
+    metrics = solve_metrics(results, found.solution.stats, batch.mask)
     loss = -mean_that_counts(found.value, counts)
     if regularizer is not None:
         metrics["penalty"] = mean_that_counts(found.penalty, counts)

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from nde._inputs import check_callable
 from nde._parameters import random_effects
 from nde.losses.horizon import growing_horizon
-from nde.losses.squared_error import broadcast_mask, mean_that_counts
+from nde.losses.metrics import mean_that_counts
+from nde.losses.squared_error import broadcast_mask
 from nde.measured import Experiments
 
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from nde.losses.metrics import solve_metrics
 from nde.losses.series import as_series
-from nde.losses.squared_error import broadcast_mask, mean_that_counts, mse
+from nde.losses.squared_error import broadcast_mask, mse
 
 
 def prediction_error(
@@ -102,11 +103,6 @@ def _predicted(
     )
     failed = solution.result != diffrax.RESULTS.successful
     counts = observed & broadcast_mask(batch.mask & ~failed, observed)
-    metrics = {
-        "failed": mean_that_counts(failed, batch.mask),
-        "result": solution.result,
-        "weight": jnp.sum(counts, dtype=float),
-    }
-    if "nfe" in solution.stats:
-        metrics["nfe"] = mean_that_counts(solution.stats["nfe"], batch.mask)
+    metrics = solve_metrics(solution.result, solution.stats, batch.mask)
+    metrics["weight"] = jnp.sum(counts, dtype=float)
     return ys, solution.ys, counts, metrics

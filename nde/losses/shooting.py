@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from nde.losses.squared_error import broadcast_mask, mean_that_counts, mse
+from nde.losses.metrics import mean_that_counts
+from nde.losses.squared_error import broadcast_mask, mse
 from nde.losses.trajectory import series, trajectory
 from nde.paths import fill_gaps
 from nde.solvers.inputs import check_count

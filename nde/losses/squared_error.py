@@ -68,9 +68,3 @@ def broadcast_mask(mask: Bool[Array, "..."], values: Array) -> Bool[Array, "..."
         )
     mask = jnp.expand_dims(mask, tuple(range(mask.ndim, values.ndim)))
     return jnp.broadcast_to(mask, values.shape)
-
-
-def mean_that_counts(values: Array, mask: Bool[Array, " examples"]) -> Float[Array, ""]:
-    """The mean over the examples that count, of numbers or of Booleans, shape (examples,)."""
-    values = values.astype(float)
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask, dtype=float)

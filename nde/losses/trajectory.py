@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from nde._inputs import check_callable
 from nde.losses.horizon import growing_horizon
+from nde.losses.metrics import mean_that_counts, solve_metrics
 from nde.losses.pull import pulled, through
 from nde.losses.series import which_count
-from nde.losses.squared_error import broadcast_mask, mean_that_counts, mse
+from nde.losses.squared_error import broadcast_mask, mse
 
 
 def trajectory(
@@ -114,9 +115,7 @@ def trajectory(
     predicted, results, stats, penalties = jax.vmap(solve)(ts, ys[:, 0], keys, paths)
     failed = results != diffrax.RESULTS.successful
     counts = batch.mask & ~failed
-    metrics: dict[str, Any] = {"failed": mean_that_counts(failed, batch.mask), "result": results}
-    if "nfe" in stats:
-        metrics["nfe"] = mean_that_counts(stats["nfe"], batch.mask)
+    metrics = solve_metrics(results, stats, batch.mask)
     mask = observed & broadcast_mask(counts, observed)
     loss = error(predicted[:, 1:], ys[:, 1:], mask[:, 1:])
     metrics["weight"] = jnp.sum(mask[:, 1:], dtype=float)

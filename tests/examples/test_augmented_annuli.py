@@ -1,23 +1,12 @@
 """The example of augmentation: what its data are, and a trial run."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import load_example
 
 
 def test_the_annuli_do_not_touch():
-    example = load("augmented_annuli")
+    example = load_example("augmented_annuli")
     x, outer = (np.asarray(part) for part in example.annuli(0, 200))
     radius, outer = np.linalg.norm(x, axis=1), outer > 0.5
     assert radius[~outer].max() <= 0.5 and 1.0 <= radius[outer].min() and radius.max() <= 1.5
@@ -28,6 +17,6 @@ def test_the_annuli_do_not_touch():
 @pytest.mark.slow
 def test_a_trial_run_of_the_annuli(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = load("augmented_annuli").main(60, extras=(0, 1), examples=256)
+    results = load_example("augmented_annuli").main(60, extras=(0, 1), examples=256)
     assert len(results) == 4 and (tmp_path / "augmented_annuli.png").is_file()
     assert results["x -> -x", 1]["loss"] < 0.5 * results["x -> -x", 0]["loss"]

@@ -1,24 +1,13 @@
 """Trial runs of the examples of controlled equations, and what their data are."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import load_example
 
 
 def test_spirals_lose_points_and_turn_as_their_label_says():
-    example = load("cde_spirals")
+    example = load_example("cde_spirals")
     controls, labels = example.spirals(64, 0.7, np.random.default_rng(0))
     assert sorted(np.unique(labels)) == [0.0, 1.0]
     points = np.array([np.unique(ts).size for ts in np.asarray(controls.times)])
@@ -35,7 +24,7 @@ def test_spirals_lose_points_and_turn_as_their_label_says():
 def test_a_trial_run_of_spirals_reports_every_fraction_and_writes_nothing(
     tmp_path, monkeypatch, capsys
 ):
-    example = load("cde_spirals")
+    example = load_example("cde_spirals")
     monkeypatch.chdir(tmp_path)
     results = example.main(steps=3, plot=False, drops=(0.0, 0.7))
     assert list(results) == [0.0, 0.7] and not list(tmp_path.iterdir())
@@ -46,14 +35,14 @@ def test_a_trial_run_of_spirals_reports_every_fraction_and_writes_nothing(
 
 @pytest.mark.slow
 def test_spirals_reach_what_is_claimed():
-    results = load("cde_spirals").main(plot=False)
+    results = load_example("cde_spirals").main(plot=False)
     assert results[0.0]["accuracy"] == 1.0 and results[0.7]["accuracy"] >= 0.97
 
 
 @pytest.mark.slow
 def test_a_trial_run_of_digits():
     pytest.importorskip("sklearn")
-    example = load("cde_digits")
+    example = load_example("cde_digits")
     images, labels = example.digits(0.5, np.random.default_rng(0))
     assert images.shape == (example.TRAIN * example.COPIES + 497, 8, 8) and labels.max() == 9
     assert 0.4 < np.isnan(images).mean() < 0.5
@@ -64,14 +53,14 @@ def test_a_trial_run_of_digits():
 
 @pytest.mark.slow
 def test_a_trial_run_of_the_long_series():
-    example = load("log_ode_long")
+    example = load_example("log_ode_long")
     results = example.main(steps=3, length=64, window=16)
     assert list(results) == ["log-ODE, depth 1", "log-ODE, depth 2", "neural CDE"]
     assert all(np.isfinite(row["loss"]) for row in results.values())
 
 
 def test_the_label_of_a_walk_is_the_sign_of_its_area():
-    example = load("log_ode_long")
+    example = load_example("log_ode_long")
     controls, labels = example.walks(32, 16, np.random.default_rng(0))
     whole = jax.jit(jax.vmap(lambda path: example.paths.log_signature(path, 16, 2)))(controls)
     words = example.paths.lyndon_words(4, 2)

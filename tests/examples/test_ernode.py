@@ -1,25 +1,15 @@
 """Trial runs of the examples of regularized dynamics, and what their problems are."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import load_example
 
 from nde.train import Batch
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def check_every_method(example, model, data, **options):
@@ -33,7 +23,7 @@ def check_every_method(example, model, data, **options):
 
 def test_a_trial_run_of_digits_is_cheaper_with_a_strong_regularizer(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    example = load("ernode_digits")
+    example = load_example("ernode_digits")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(example, "TOLERANCE", 1e-8)
     monkeypatch.setattr(example, "WIDTH", 16)
@@ -56,7 +46,7 @@ def test_a_trial_run_of_digits_is_cheaper_with_a_strong_regularizer(tmp_path, mo
 
 @pytest.mark.slow
 def test_a_trial_run_of_the_latent_model_learns():
-    example = load("ernode_latent")
+    example = load_example("ernode_latent")
     ts, xs = example.oscillators(64, 0)
     assert np.all(np.diff(ts, axis=1) > 0) and np.all(ts[:, 0] == 0)
     np.testing.assert_allclose(ts[:, -1], 1.0, rtol=1e-12)
@@ -76,7 +66,7 @@ SPIRAL = {
 
 
 def test_the_spiral_has_its_known_moments(monkeypatch):
-    example = load("ernsde_spiral")
+    example = load_example("ernsde_spiral")
     monkeypatch.setattr(example, "TS", np.linspace(0.0, 1.0, 30))
     means, variances = example.true_moments(20000, seed=1)
     for at, (mean, variance) in SPIRAL.items():
@@ -86,7 +76,7 @@ def test_the_spiral_has_its_known_moments(monkeypatch):
 
 @pytest.mark.slow
 def test_paths_on_the_grids_end_with_the_moments_of_the_spiral():
-    example = load("ernsde_spiral")
+    example = load_example("ernsde_spiral")
     drift = lambda cubes: jnp.array([[-0.1, -2.0], [2.0, -0.1]]) @ cubes
     model = eqx.tree_at(
         lambda model: (model.network, model.slope),
@@ -102,13 +92,13 @@ def test_paths_on_the_grids_end_with_the_moments_of_the_spiral():
 
 
 def test_every_method_of_the_spiral_has_a_loss():
-    example = load("ernsde_spiral")
+    example = load_example("ernsde_spiral")
     moments = tuple(jnp.zeros((1, len(example.TS), 2)) for _ in range(2))
     check_every_method(example, example.NeuralSpiral(jax.random.key(0)), moments, paths=4)
 
 
 def test_every_noise_of_the_spiral_has_both_signs():
-    example = load("ernsde_spiral")
+    example = load_example("ernsde_spiral")
     model = eqx.tree_at(
         lambda model: (model.network, model.offset),
         example.NeuralSpiral(jax.random.key(0)),
@@ -123,7 +113,7 @@ def test_every_noise_of_the_spiral_has_both_signs():
 
 @pytest.mark.slow
 def test_a_trial_run_of_the_spiral_learns(tmp_path, monkeypatch, capsys):
-    example = load("ernsde_spiral")
+    example = load_example("ernsde_spiral")
     monkeypatch.chdir(tmp_path)
     results = example.main(steps=60, plot=False, methods=("SRNSDE",), paths=32, judged=64)
     row = results["SRNSDE"]
@@ -135,7 +125,7 @@ def test_a_trial_run_of_the_spiral_learns(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_strong_regularizer_makes_the_spiral_cheaper(monkeypatch):
-    example = load("ernsde_spiral")
+    example = load_example("ernsde_spiral")
     monkeypatch.setitem(example.METHODS, "strong", (example.ERNSDE, 30.0))
     options = dict(steps=60, plot=False, paths=32, judged=256)
     results = example.main(methods=("vanilla", "strong"), **options)

@@ -1,21 +1,10 @@
 """Trial runs of the examples of flows, and what their problems are."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import load_example
 
 
 @pytest.mark.parametrize(
@@ -26,7 +15,7 @@ def load(name):
     ],
 )
 def test_a_trial_run_of_the_moons(methods, tmp_path, monkeypatch, capsys):
-    example = load("flow_moons")
+    example = load_example("flow_moons")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(example, "WIDTH", 16)
     results = example.main(plot=False, methods=methods, steps=30, points=64)
@@ -39,7 +28,7 @@ def test_a_trial_run_of_the_moons(methods, tmp_path, monkeypatch, capsys):
 
 
 def test_the_density_of_the_moons_is_that_of_their_points():
-    example = load("flow_moons")
+    example = load_example("flow_moons")
     line = np.linspace(-2.6, 4.0, 441)
     grid = jnp.asarray(np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2))
     density = np.exp(np.asarray(example.true_log_prob(grid)))
@@ -53,7 +42,7 @@ def test_the_density_of_the_moons_is_that_of_their_points():
 @pytest.mark.slow
 def test_a_trial_run_of_the_digits(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    example = load("conditional_flow_digits")
+    example = load_example("conditional_flow_digits")
     monkeypatch.chdir(tmp_path)
     found = example.main(steps=60, plot=False, width=32, per_class=2)
     assert not list(tmp_path.iterdir())

@@ -1,25 +1,18 @@
 """Trial runs of the examples of formulas and layers that solve, and what each rests on."""
 
-import importlib.util
-from pathlib import Path
-
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import load_example
 
 from nde.solvers import DiscreteAdjoint
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 def load(name, monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)
-    return module
+    return load_example(name)
 
 
 def test_formulas_of_a_saturating_reaction_are_found_from_raw_trajectories(monkeypatch, tmp_path):

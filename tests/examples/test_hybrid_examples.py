@@ -1,25 +1,16 @@
 """The hybrid examples: their data, and a trial run of each script."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import load_example
 
 
 def test_the_outbreak_is_that_of_the_source():
     counts = "3 8 26 76 225 298 258 233 189 128 68 29 14 4"
-    np.testing.assert_array_equal(load("school_flu").IN_BED, np.array(counts.split(), float))
+    np.testing.assert_array_equal(
+        load_example("school_flu").IN_BED, np.array(counts.split(), float)
+    )
 
 
 @pytest.mark.slow
@@ -28,7 +19,7 @@ def test_a_trial_run_saves_one_picture(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.chdir(tmp_path)
     with jax.default_matmul_precision("highest"):
-        results = load(name).main(steps=3)
+        results = load_example(name).main(steps=3)
     assert results
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.png"]
     assert str(tmp_path / f"{name}.png") in capsys.readouterr().out

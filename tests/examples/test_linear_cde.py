@@ -1,20 +1,13 @@
 """The example: its languages, what its structures can hold, and a trial run of the whole script."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "linear_cde.py"
+from scripts import load_example
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("linear_cde_example", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("linear_cde")
 
 
 @pytest.mark.parametrize("name, size", [("parity", 2), ("A5", 60)])

@@ -1,12 +1,10 @@
 """The main job: the pelts, the known rates, and a trial run of the whole script."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.integrate
 import scipy.optimize
+from scripts import load_example
 
 SOURCE = """1900 30 4, 1901 47.2 6.1, 1902 70.2 9.8, 1903 77.4 35.2, 1904 36.3 59.4, 1905 20.6 41.7,
 1906 18.1 19, 1907 21.4 13, 1908 22 8.3, 1909 25.4 9.1, 1910 27.1 7.4, 1911 40.3 8, 1912 57 12.3,
@@ -14,15 +12,11 @@ SOURCE = """1900 30 4, 1901 47.2 6.1, 1902 70.2 9.8, 1903 77.4 35.2, 1904 36.3 5
 1919 16.2 10.1, 1920 24.7 8.6"""
 YEARS, *COLUMNS = np.array([row.split() for row in SOURCE.split(",")], dtype=float).T
 PELTS = np.stack(COLUMNS, axis=1)
-EXAMPLE = Path(__file__).parents[2] / "examples" / "lynx_hare.py"
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("lynx_hare", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("lynx_hare")
 
 
 def test_the_pelts_are_those_of_the_source(example):

@@ -1,24 +1,13 @@
 """The examples of stochastic equations: their data against exact numbers, and a trial run of each."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import load_example
 
 
 def test_the_process_of_the_four_losses_has_its_moments():
     """Closed forms at 6, 18 and 63; the start is uniform on (-1, 1)."""
-    ys = load("sde_ou").process(seed=0, paths=20000)[:, :, 0]
+    ys = load_example("sde_ou").process(seed=0, paths=20000)[:, :, 0]
     for index, t in ((2, 6.0), (6, 18.0), (21, 63.0)):
         mean = 0.02 * (t / 0.1 - (1 - np.exp(-0.1 * t)) / 0.01)
         noise = t**2 / 0.2 - 2 * t / 0.04 + 250 * (1 - np.exp(-0.2 * t))
@@ -29,21 +18,21 @@ def test_the_process_of_the_four_losses_has_its_moments():
 
 def test_one_loss_runs_and_reports(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = load("sde_ou").main(2, names=("moments",), paths=32, judged=64)
+    results = load_example("sde_ou").main(2, names=("moments",), paths=32, judged=64)
     assert set(results) == {"moments"} and np.all(np.isfinite(results["moments"]["ks"]))
     assert (tmp_path / "sde_ou.png").is_file()
 
 
 @pytest.mark.slow
 def test_every_loss_runs():
-    results = load("sde_ou").main(2, plot=False, paths=32, judged=64)
+    results = load_example("sde_ou").main(2, plot=False, paths=32, judged=64)
     assert set(results) == {"moments", "pairs", "signature", "GAN"}
 
 
 @pytest.mark.slow
 def test_the_indices_are_read_and_both_models_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example = load("stocks")
+    example = load_example("stocks")
     ts, ys = example.series()
     assert ys.shape == (4, 1860, 2) and ts[-1] == 1859
     np.testing.assert_allclose(ys[0, 1, 0], 100 * np.log(1613.63 / 1628.75))
@@ -54,7 +43,7 @@ def test_the_indices_are_read_and_both_models_run(tmp_path, monkeypatch):
 
 
 def test_the_filter_has_its_error_and_sees_no_future():
-    example = load("double_ou")
+    example = load_example("double_ou")
     ts, ys = example.simulate(1, 3000)
     *past, target, values = example.task(ts, ys)
     assert past[0].max() <= 4 < target.min()
@@ -67,7 +56,7 @@ def test_the_filter_has_its_error_and_sees_no_future():
 
 @pytest.mark.slow
 def test_the_forecast_beside_the_filter_runs():
-    results = load("double_ou").main(2, plot=False, series=8, tested=8, batch=4, draws=4)
+    results = load_example("double_ou").main(2, plot=False, series=8, tested=8, batch=4, draws=4)
     assert np.isfinite(results["latent SDE"]["mse"])
     assert results["Kalman"]["mse"] < results["last value"]["mse"]
 
@@ -75,6 +64,6 @@ def test_the_forecast_beside_the_filter_runs():
 @pytest.mark.slow
 def test_the_attractor_is_trained_in_both_ways(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = load("sde_lorenz").main(4, series=8, judged=4, batch=4)
+    results = load_example("sde_lorenz").main(4, series=8, judged=4, batch=4)
     assert all(np.isfinite(row["bound"]) for row in results.values())
     assert (tmp_path / "sde_lorenz.png").is_file()
