@@ -67,8 +67,9 @@ def is_recovered(found: symbolic.Expression, text: str, low: float, high: float)
     if not float(jnp.max(jnp.abs(found(*grid) - exact))) <= 0.01 * float(jnp.max(jnp.abs(exact))):
         return False
     expanded = sympy.expand(found.sympy())  # a factor may hold part of a constant
-    rounded = expanded.xreplace({x: sympy.Float(round(x, 2)) for x in expanded.atoms(sympy.Float)})
-    difference = sympy.nsimplify(rounded - truth.sympy(), rational=True)
+    hundredths = {x: sympy.Rational(round(100 * x), 100) for x in expanded.atoms(sympy.Float)}
+    exact_truth = sympy.nsimplify(truth.sympy(), rational=True)
+    difference = expanded.xreplace(hundredths) - exact_truth
     return sympy.simplify(difference) == 0
 
 
