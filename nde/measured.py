@@ -60,7 +60,7 @@ class Measured(eqx.Module):
             `start(parameters, covariates)`.
         observe: `observe(t, y, parameters, covariates)`, the means of what is measured at one time, shape
             (channels,); None: the state.
-        errors: The law of the errors, such as `Gaussian(0.1)`.
+        errors: The law of the errors, such as `Gaussian(0.1)`; None: `Gaussian(1.0)`.
 
     `parameters` are those of the ode in physical units, of the subject of the experiment; `None` for a
     model without. `covariates` are those of the experiment, and its `args` are those of the equation.
@@ -80,16 +80,17 @@ class Measured(eqx.Module):
 
     ode: AbstractODE
     start: Any
-    observe: Callable | None = None
-    errors: AbstractErrors = Gaussian(1.0)
+    observe: Callable | None
+    errors: AbstractErrors
 
     def __init__(
         self,
         ode: AbstractODE,
         start: Any,
         observe: Callable | None = None,
-        errors: AbstractErrors = Gaussian(1.0),
+        errors: AbstractErrors | None = None,
     ):
+        errors = Gaussian(1.0) if errors is None else errors
         for name, value, kind in (
             ("ode", ode, AbstractODE),
             ("errors", errors, AbstractErrors),

@@ -13,6 +13,7 @@ import numpy as np
 from nde._training.packing import Packed
 
 MOST_FAILED = 0.1  # of the solves of a batch
+ROWS = 1000  # of the history that are kept as they came
 HIDDEN = ("reason", "skips", "result", "alarm")  # looked at once, and not kept
 
 
@@ -113,34 +114,29 @@ class Reports:
 
     def __init__(self, steps: int, progress: bool):
         self.pending: list[tuple[list[Packed], dict[str, int]]] = []
-        self.before: dict[str, np.ndarray] = {}  # the columns of a run that is continued
-        self.records: list[dict[str, np.ndarray]] = []  # since then
-        self.times: list[float] = []
+        self.blocks: list[dict[str, np.ndarray]] = []  # columns: of a run continued, then of this
+        self.records: list[dict[str, np.ndarray]] = []  # the rows since then
         self.steps, self.progress, self.shown = steps, progress, None
         self.began = time.perf_counter()
-
-    @property
-    def first(self) -> int:
-        """The step of the first record."""
-        return len(self.before.get("loss", ()))
+        self.last = 0.0  # seconds at the last record
 
     @property
     def length(self) -> int:
         """Number of steps that were reported."""
-        return self.first + len(self.records)
+        return sum(len(block["seconds"]) for block in self.blocks) + len(self.records)
 
     def begin(self) -> None:
         """Start the clock, and the progress on the screen."""
-        done = float(self.before["seconds"][-1]) if self.first else 0.0
-        self.began = time.perf_counter() - done
+        self.began = time.perf_counter() - self.last
         if self.progress:
             self.shown = _progress(self.steps)
-            if self.first:
-                self.shown.update(self.first, {})
+            if self.length:
+                self.shown.update(self.length, {})
 
     def restore(self, columns: dict[str, np.ndarray]) -> None:
         """Go on where another run was interrupted."""
-        self.before = columns
+        if len(columns["seconds"]):
+            self.blocks, self.last = [columns], float(columns["seconds"][-1])
 
     def pause(self, seconds: float) -> None:
         """Leave out of the clock what the last seconds were spent on."""
@@ -159,19 +155,24 @@ class Reports:
             for packed in reported:
                 record |= packed.unpacked()
             fetched.append(record)
-        last = self.times[-1] if self.times else float(self.before.get("seconds", [0.0])[-1])
-        now = max(last, time.perf_counter() - self.began)
-        self.times += np.linspace(last, now, len(fetched) + 1)[1:].tolist()
-        self.records += [{k: v for k, v in row.items() if k not in HIDDEN} for row in fetched]
+        now = max(self.last, time.perf_counter() - self.began)
+        seconds = np.linspace(self.last, now, len(fetched) + 1)[1:]
+        for row, at in zip(fetched, seconds, strict=True):
+            kept = {name: value for name, value in row.items() if name not in HIDDEN}
+            self.records.append(kept | {"seconds": at})
+        self.last = now
         if self.shown is not None and fetched:
             self.shown.update(len(fetched), fetched[-1])
         return list(enumerate(fetched, start=first))
 
     def drop_ended(self) -> None:
-        """Forget the steps that were handed out before it was known that training had ended."""
+        """Forget the steps that were handed out before it was known that training had ended, and
+        keep the others in little memory: a row holds on to the array that the device gave."""
         while self.records and np.all(self.records[-1]["ended"]):
             self.records.pop()
-            self.times.pop()
+        if len(self.records) >= ROWS:
+            self.blocks.append(_columns(self.records))
+            self.records = []
 
     def close(self) -> None:
         """End the progress on the screen."""
@@ -180,20 +181,23 @@ class Reports:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Name to array, the first axis one row per step; nan where a step did not report it."""
-        names = dict.fromkeys([*self.before, *(name for row in self.records for name in row)])
-        names.pop("seconds", None)
+        blocks = [*self.blocks, *([_columns(self.records)] if self.records else [])]
         columns = {}
-        for name in names:
-            shapes = [np.shape(row[name]) for row in self.records if name in row]
-            shape = shapes[0] if shapes else self.before[name].shape[1:]
-            gap = np.full(shape, np.nan)
-            rows = [row.get(name, gap) for row in self.records]
-            parts = (
-                [self.before.get(name, np.full((self.first, *shape), np.nan))] if self.first else []
+        for name in dict.fromkeys(name for block in blocks for name in block):
+            shape = next(block[name].shape[1:] for block in blocks if name in block)
+            columns[name] = np.concatenate(
+                [b.get(name, np.full((len(b["seconds"]), *shape), np.nan)) for b in blocks]
             )
-            columns[name] = np.concatenate([*parts, *([np.stack(rows)] if rows else [])])
-        seconds = np.concatenate([self.before.get("seconds", np.zeros(0)), np.asarray(self.times)])
-        return columns | {"seconds": seconds}
+        return columns | {"seconds": columns.pop("seconds", np.zeros(0))}
+
+
+def _columns(records: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    columns = {}
+    for name in dict.fromkeys(name for row in records for name in row):
+        shape = next(np.shape(row[name]) for row in records if name in row)
+        gap = np.full(shape, np.nan)
+        columns[name] = np.stack([row.get(name, gap) for row in records])
+    return columns
 
 
 def _numbers(record: dict[str, np.ndarray]) -> dict[str, str]:

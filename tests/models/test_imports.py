@@ -19,11 +19,15 @@ def test_import_is_light_and_the_rest_comes_on_demand():
         "print('optax' in sys.modules, 'matplotlib' in sys.modules)\n"
         "nde.plot.loss\n"
         "print('matplotlib' in sys.modules)\n"
+        # A backend that runs cannot be told how many devices or processes there are.
+        "import jax\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"
+        "print(jax.device_count())\n"
     )
     out = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
-    assert out.splitlines() == ["[] False False", "True False", "True"]
+    assert out.splitlines() == ["[] False False", "True False", "True", "3"]
 
 
 def test_every_public_name_is_there_and_no_other():
