@@ -1,12 +1,15 @@
-r"""The backward loop: replay a chunk of steps from its stored state, then pull back step by step.
+r"""The backward loop: replay a stretch of steps from a row that was kept, then pull back step by step.
 
-With stride m between stored states and n accepted steps, chunk c holds the steps c m .. c m + m - 1:
+With stride m between kept rows and n accepted steps, a stretch holds the steps c m .. c m + m - 1:
 
-    for c = last .. 0:
-        y = stored state c m;  replay the chunk, keeping every state          (at most 1 F per step)
-        for k = last of the chunk .. first:
-            add the cotangents of what was saved at or inside step k
-            (ct_y, ct_consts) += transposed derivative of step k              (1 F + 1 B per step)
+    for k = n - 1 .. 0:
+        replay from the last row that is there to the start of step k         (see the ladder in `tape`)
+        add the cotangents of what was saved at or inside step k
+        (ct_y, ct_consts) += transposed derivative of step k                  (1 F + 1 B per step)
+
+A replay goes on where the forward loop stood, controller included, so the times of steps need not be
+kept. Where steps may be rejected, a step whose end is on the tape (`knots`) is not tried but taken; if
+only every p-th end is, those between are found again by trying, and cannot go beyond it.
 
 A lane with fewer steps waits until its own last step comes by. While it waits it evaluates its first
 step, with cotangent zero. (Not just any state with any step: zero times what overflows is nan.) A lane
@@ -14,7 +17,7 @@ that failed waits all the time, at the first step of its donor (`donors`): no st
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,14 +26,20 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import trees
 from nde.solvers.adjoint import tape as tapes
-from nde.solvers.adjoint.tape import Doubling, Trail
-from nde.solvers.adjoint.traced import LaneFunctions, Save
+from nde.solvers.adjoint.forward import Standing, moved, refreshed, row_of, tried
+from nde.solvers.adjoint.tape import Plan, Row, Rows, Trail
+from nde.solvers.adjoint.traced import LaneFunctions, Save, Start, end_floor
 from nde.solvers.estimates.estimates import Judged
 from nde.solvers.lanes.batch import masked
 from nde.solvers.lanes.closures import ClosedFunction
 from nde.solvers.lanes.donors import donors
 
-TapeRow = Callable[[Array], Array]  # from a step to where its state stands
+
+class Places(NamedTuple):
+    """Where the rows of steps stand, and from which step on one is replayed."""
+
+    row: Callable[[Array], Array]
+    origin: Callable[[Array], Array] | None = None  # None: every row is there
 
 
 class Cotangents(NamedTuple):
@@ -42,16 +51,6 @@ class Cotangents(NamedTuple):
     judged: Judged | None  # likewise, and so are its entries
 
 
-class RecordedStep(NamedTuple):
-    """One step of every lane, ready to be evaluated."""
-
-    y: PyTree[Array]
-    inner: PyTree[Array]
-    t0: Array
-    t1: Array
-    made_jump: Array
-
-
 class BackwardCarry(NamedTuple):
     """The cotangents before the present step, going backwards."""
 
@@ -60,121 +59,129 @@ class BackwardCarry(NamedTuple):
     consts: dict[int, Array]
     ts_index: tuple[Array, ...]
     memory: PyTree[Array]  # of the noise
+    clock: Rows | None = None  # the times of steps, where only they are kept
 
 
 def run_backward(
     functions: LaneFunctions,
-    ts: tuple[Array, ...],
+    start: Start,
     trail: Trail,
     cotangents: Cotangents,
     wanted: dict[int, Array],
-    plan: Doubling,
+    plan: Plan,
 ) -> BackwardCarry:
     """Pulls cotangents back to the initial value and to the constants in `wanted` (zeros to add to).
 
-    `plan`: which states the forward loop has kept.
+    `plan`: which rows the forward loop has kept.
     """
-    pullback = StepPullback(functions, ts, trail, cotangents, wanted)
-    ct = pullback.final(cotangents)
+    pullback = StepPullback(functions, start, trail, cotangents, wanted, plan)
+    ct, most = pullback.final(cotangents), jnp.max(trail.steps)
+    places, rows = places_of(most, plan), trail.tape.rows
+    zero = jnp.zeros_like(most)
     if not functions.traced.hands_over:
-        return _to_start(pullback, trail, plan, ct)
+        return steps_back(pullback, zero, most, rows, places, ct)[0]
     # Nothing depends on the last cache.
     cache = trees.zeros_like(pullback.first.inner[1])
-    ct = _to_start(pullback, trail, plan, ct._replace(inner=(ct.inner, cache)))
+    ct = ct._replace(inner=(ct.inner, cache))
+    ct = steps_back(pullback, zero, most, rows, places, ct)[0]
     # Where no lane took a step there is none to copy, and the field may be undefined.
     none = lambda: ct._replace(inner=ct.inner[0])
     return jax.lax.cond(jnp.any(trail.steps > 0), lambda: pullback.first_cache(ct), none)
 
 
-def _to_start(pullback, trail: Trail, plan: Doubling, ct: BackwardCarry) -> BackwardCarry:
-    """Pulls back to the first step."""
-    most, states = jnp.max(trail.steps), trail.tape.states
-    zero = jnp.zeros_like(most)
-    stored = lambda k: tapes.slot(k, plan.rows)
-    if not plan.spare:  # every state is there
-        return steps_back(pullback, zero, most, states, stored, ct)[0]
-    last = tapes.stride(most, plan.rows) - 1  # of a chunk; a mask, as the stride is a power of two
+def places_of(most: Array, plan: Plan) -> Places:
+    """Where rows stand behind `most` steps of which the slots hold some."""
+    keep, ladder = plan.rows, plan.ladder
+    assert keep is not None
+    return _places(most, keep, ladder)
 
-    def tape_row(k: Array) -> Array:
-        place = k & last
-        return jnp.where(place == 0, stored(k), plan.rows + place)
 
-    def replay_from(k: Array) -> Array:
-        place = k & last
-        return jnp.where((place == last) | (k == most - 1), k - place, k)
+def clock_places(most: Array, plan: Plan) -> Places:
+    """The same for the rows of the clock."""
+    assert plan.clock is not None
+    return _places(most, plan.clock, plan.ticks)
 
-    return steps_back(pullback, zero, most, states, tape_row, ct, replay_from)[0]
+
+def _places(most: Array, keep: tapes.Doubling, ladder: tapes.Ladder) -> Places:
+    """Where every step stands: those that are kept in their slots, the others on the ladder behind."""
+    stored = lambda k: tapes.slot(k, keep.slots)
+    if not ladder.most:
+        return Places(stored)
+    q = tapes.doublings(most, keep.slots)
+    mask = jnp.left_shift(1, q) - 1
+
+    def row(k: Array) -> Array:
+        j = k & mask
+        return jnp.where(j == 0, stored(k), keep.slots + ladder.place(j, q))
+
+    def origin(k: Array) -> Array:
+        j = k & mask
+        return k - j + ladder.origin(j, (j == mask) | (k == most - 1), q)
+
+    return Places(row, origin)
 
 
 def replay(
-    pullback: "StepPullback",
-    k0: Array,
-    k1: Array,
-    states: PyTree[Array],
-    tape_row: TapeRow,
-    memory: PyTree[Array],
-) -> tuple[RecordedStep, PyTree[Array], PyTree[Array]]:
-    """From the state at step k0 to step k1, writing down every state on the way.
-
-    A step is loaded ahead and handed on by the loop: so it is read once, and not by each of its stages.
-    """
+    pullback: "StepPullback", k0: Array, k1: Array, rows: Rows, places: Places, memory: PyTree
+) -> tuple[Rows, PyTree[Array]]:
+    """From the row of step k0 to that of step k1, writing down every row on the way."""
 
     def one_step(k: Any, carry: Any):
-        loaded, states, memory = carry
+        at, rows, memory = carry
         k = jnp.asarray(k, jnp.int32)  # a number under `jax.disable_jit`
-        after, memory = pullback.advance(loaded, memory)
-        after = trees.where(k + 1 < pullback.steps, after, (loaded.y, loaded.inner))
-        states = tapes.put(states, tape_row(k + 1), after)
-        return pullback.load(k + 1, after), states, memory
+        at, behind, memory = pullback.advance(k, pullback.with_cache(at, k == k0), memory)
+        if not pullback.traced.uniform:  # only now is it known where the step ends
+            rows = tapes.put(rows, places.row(k), tapes.pack(pullback.row_of(at)))
+        row = tapes.pack(pullback.row_of(behind))
+        return behind, tapes.put(rows, places.row(k + 1), row), memory
 
-    carry = (pullback.load(k0, tapes.get(states, tape_row(k0))), states, memory)
-    return jax.lax.fori_loop(k0, k1, one_step, carry)
+    at = pullback.standing(pullback.load(k0, tapes.get(rows, places.row(k0))))
+    stop = jnp.where(k0 < k1, k1 + pullback.must_try(k1), k1)
+    return jax.lax.fori_loop(k0, stop, one_step, (at, rows, memory))[1:]
 
 
 def steps_back(
     pullback: "StepPullback",
     k0: Array,
     count: Array,
-    states: PyTree[Array],
-    tape_row: TapeRow,
+    rows: Rows,
+    places: Places,
     ct: BackwardCarry,
-    replay_from: Callable[[Array], Array] | None = None,
-) -> tuple[BackwardCarry, PyTree[Array]]:
-    """Pulls back through `count` steps from step k0 on; returns the rows as well.
+) -> tuple[BackwardCarry, Rows]:
+    """Pulls back through `count` steps from step k0 on; returns the rows as well."""
 
-    `tape_row(k)`: the row of `states` for the state before step k. `replay_from(k)`: the step whose
-    state is there, to replay from before step k can be pulled back; None: every state is there.
-    """
-
-    def one_step(i: Array, carry: tuple[BackwardCarry, PyTree[Array]]):
-        ct, states = carry
+    def one_step(i: Array, carry: tuple[BackwardCarry, Rows]):
+        ct, rows = carry
         k = k0 + count - 1 - i
-        if replay_from is None:
-            loaded = pullback.load(k, tapes.get(states, tape_row(k)))
-        else:
-            replayed = replay(pullback, replay_from(k), k, states, tape_row, ct.memory)
-            loaded, states, memory = replayed
+        if places.origin is not None:
+            rows, memory = replay(pullback, places.origin(k), k, rows, places, ct.memory)
             ct = ct._replace(memory=memory)
-        return pullback.step(k, loaded, ct), states
+        loaded = pullback.load(k, tapes.get(rows, places.row(k)))
+        return pullback.step(k, loaded, ct), rows
 
-    return jax.lax.fori_loop(0, count, one_step, (ct, states))
+    return jax.lax.fori_loop(0, count, one_step, (ct, rows))
 
 
-def replayed_chunk(
+def replayed_stretch(
     pullback: "StepPullback",
     k0: Array,
     length: Array,
-    state: PyTree[Array],
+    row: Row,
     ct: BackwardCarry,
-    states: PyTree[Array],
-) -> tuple[BackwardCarry, PyTree[Array]]:
-    """Replays `length` steps from the state at step k0, then pulls back through them.
+    rows: Rows,
+) -> tuple[BackwardCarry, Rows]:
+    """Replays `length` steps from the row of step k0, then pulls back through them.
 
-    `states`: rows for at least `length` states, to be overwritten.
+    `rows`: those of the ladder, to be overwritten, behind one for `row`.
     """
-    states = tapes.put(states, jnp.zeros_like(k0), state)
-    replay_from = lambda k: jnp.where(k == k0 + length - 1, k0, k)
-    return steps_back(pullback, k0, length, states, lambda k: k - k0, ct, replay_from)
+    ladder = pullback.plan.ladder
+    rows = tapes.put(rows, jnp.zeros_like(k0), tapes.pack(row))
+    q = 32 - jax.lax.clz(length - 1)
+    last = lambda k: k == k0 + length - 1
+    places = Places(
+        lambda k: ladder.place(k - k0, q), lambda k: k0 + ladder.origin(k - k0, last(k), q)
+    )
+    return steps_back(pullback, k0, length, rows, places, ct)
 
 
 class StepPullback:
@@ -183,47 +190,144 @@ class StepPullback:
     def __init__(
         self,
         functions: LaneFunctions,
-        ts: tuple[Array, ...],
+        start: Start,
         trail: Trail,
         cotangents: Cotangents,
         wanted: dict[int, Array],
+        plan: Plan,
     ):
         self.traced, self.lanes = functions.traced, functions.lanes
-        self.tape, self.steps = trail.tape, trail.steps
-        self.ts, self.ts_index = ts, trail.ts_index
+        self.tape, self.steps, self.plan = trail.tape, trail.steps, plan
+        self.ts, self.ts_index = start.ts, trail.ts_index
         self.saved, self.judged = cotangents.saved_ys, cotangents.judged
         self.wanted = wanted
         self.donors = donors(trail.steps, self.lanes, functions.consts)
         self.consts = self.donors.copied_consts(functions.consts, self.lanes)
         self.functions = functions._replace(consts=self.consts)
-        start = jnp.zeros((), jnp.int32)
-        self.memory = self.functions.memory(tapes.get(trail.tape.knots, start))
-        y, inner = tapes.get(trail.tape.states, start) or (None, None)
-        first = RecordedStep(y, inner, *tapes.times(trail.tape, start))
-        self.first = cast(RecordedStep, self.donors.copied(first))
+        self.like, self.last, self.most = trail.first, trail.last, jnp.max(trail.steps)
+        self.first: Row = self.donors.copied(self._first(trail))
+        self.memory = self.functions.memory(self.first.t0)
+        self.t1 = self.donors.copied(start.t1)
+        self.floor = end_floor(self.t1)
+
+    def _first(self, trail: Trail) -> Row:
+        """The first step that was accepted."""
+        start, tape = jnp.zeros((), jnp.int32), trail.tape
+        if tape.rows is not None:
+            return tapes.unpack(tapes.get(tape.rows, start), trail.first)
+        if tape.knots is None:
+            return trail.first
+        ends = tapes.unpack(tapes.get(tape.knots, start), tapes.ends(trail.first))
+        return trail.first._replace(t1=ends.t1)
 
     def final(self, cotangents: Cotangents) -> BackwardCarry:
         """What the backward loop begins with: nothing in lanes that failed."""
         y, state = masked(self.steps >= 0, (cotangents.y, cotangents.state))
         return BackwardCarry(y, state, self.wanted, self.ts_index, self.memory)
 
-    def load(self, k: Array, state: PyTree[Array]) -> RecordedStep:
-        """Step k from `state` in every lane that has one, else a harmless one."""
-        y, inner = state
-        loaded = RecordedStep(y, inner, *tapes.times(self.tape, k))
-        return cast(RecordedStep, trees.where(k < self.steps, loaded, self.first))
+    def load(self, k: Array, row: Rows) -> Row:
+        """Step k in every lane that has one, else a harmless one."""
+        loaded = tapes.unpack(row, self.like)
+        return trees.where(k < self.steps, loaded, self.first)  # type: ignore[return-value]
+
+    def standing(self, row: Row) -> Standing:
+        """Where the lanes stand at the start of a step; a cache only if the tape has it."""
+        blank = lambda x: jnp.zeros((self.lanes.count, *x.shape), x.dtype)
+        state, cache = row.inner, jax.tree.map(blank, self.traced.cache.out)
+        if self.traced.hands_over:
+            state, cache = row.inner
+        jump = jumped(row)
+        return Standing(row.y, state, cache, jump, row.t0, row.t1, row.controller, row.before)
+
+    def with_cache(self, at: Standing, anew: Array) -> Standing:
+        """The same, with a cache where it is not known yet."""
+        if self.traced.hands_over or not jax.tree.leaves(at.cache):
+            return at
+        evaluate = lambda: self.functions(self.traced.cache, at.tprev, at.y, at.state)
+        return at._replace(cache=jax.lax.cond(anew, evaluate, lambda: at.cache))
+
+    def row_of(self, at: Standing) -> Row:
+        """What is kept of where the lanes stand."""
+        return row_of(self.functions, at, self.plan)
 
     def advance(
-        self, loaded: RecordedStep, memory: PyTree[Array]
-    ) -> tuple[PyTree[Array], PyTree[Array]]:
-        """The state behind a step, and the memory of the noise."""
-        increments, memory = self.functions.draw(loaded.t0, loaded.t1, memory)
-        return self.functions(self.traced.advance, *loaded, increments)[:2], memory
+        self, k: Array, at: Standing, memory: PyTree[Array]
+    ) -> tuple[Standing, Standing, PyTree[Array]]:
+        """Where the lanes stand before and behind step k, and the memory of the noise. Those without
+        a step more go to their first one."""
+        if self.traced.uniform:
+            step, memory = tried(self.functions, at, self.t1, self.floor, memory)
+            every = jnp.ones(self.steps.shape, bool)
+            behind = moved(at, step, every, every)
+        else:
+            at, behind, memory = self._until_accepted(k, at, memory)
+        if self.traced.jumps and jax.tree.leaves(at.cache):
+            behind = refreshed(self.functions, behind, k < self.steps)
+        first = self.standing(self.first)
+        if not self.traced.hands_over:
+            first = first._replace(cache=behind.cache)
+        behind = trees.where(k + 1 < self.steps, behind, first)
+        return at, behind, memory  # type: ignore[return-value]
 
-    def step(self, k: Array, loaded: RecordedStep, ct: BackwardCarry) -> BackwardCarry:
+    def must_try(self, k: Array) -> Array:
+        """1 if it is not on the tape where step k ends, else 0."""
+        if self.traced.uniform:
+            return jnp.zeros_like(k)
+        return (self._following(k) != k).astype(k.dtype)
+
+    def _following(self, k: Array) -> Array:
+        """The first step from k on whose end is on the tape."""
+        assert self.plan.knots is not None
+        apart = jnp.left_shift(1, tapes.doublings(self.most, self.plan.knots.slots))
+        return (k + apart - 1) & -apart
+
+    def _known(self, k: Array) -> tuple[Row, Array]:
+        """What the tape says of the end of step k: where it is, or what it cannot lie behind; and
+        in which lanes it is there."""
+        keep, following = self.plan.knots, self._following(k)
+        assert keep is not None and self.tape.knots is not None
+        rows = tapes.get(self.tape.knots, tapes.slot(following, keep.slots))
+        row = tapes.unpack(rows, tapes.ends(self.like))
+        t1 = jnp.where(following < self.steps, row.t1, self.t1)
+        return row._replace(t1=t1), (following == k) & (k < self.steps)
+
+    def _until_accepted(
+        self, k: Array, at: Standing, memory: PyTree[Array]
+    ) -> tuple[Standing, Standing, PyTree[Array]]:
+        """Tries step k until every lane accepts it. One whose end is known is accepted there."""
+        end, known = self._known(k)
+
+        def attempt(carry: tuple[Array, Standing, Standing, PyTree[Array]]):
+            done, at, behind, memory = carry
+            bound = jnp.where(known, end.t1, jnp.minimum(behind.tnext, end.t1))
+            trying = behind._replace(tnext=jnp.where(done, behind.tnext, bound))
+            step, memory = tried(self.functions, trying, self.t1, self.floor, memory)
+            forced = known | ~(trying.tnext > trying.tprev)
+            accept = ~done & (step.accept | forced)
+            # One that the controller would reject, as it sees another last digit, ends all the same.
+            refused = accept & ~step.accept
+            tprev = jnp.where(refused, trying.tnext, step.tprev)
+            tnext = jnp.where(refused, tprev + (step.tnext - step.tprev), step.tnext)
+            at = trees.where(accept, trying, at)
+            behind = moved(trying, step._replace(tprev=tprev, tnext=tnext), ~done, accept)
+            return done | accept, at, behind, memory
+
+        cond = lambda carry: ~jnp.all(carry[0])
+        begin = (k >= self.steps, at, at, memory)
+        _, at, behind, memory = jax.lax.while_loop(cond, attempt, begin)
+        following, known = self._known(k + 1)
+        behind = behind._replace(tnext=jnp.where(known, following.t1, behind.tnext))
+        if self.traced.jumps:
+            behind = behind._replace(
+                tprev=jnp.where(known, following.t0, behind.tprev),
+                made_jump=jnp.where(known, following.jump, behind.made_jump),
+            )
+        return at, behind, memory
+
+    def step(self, k: Array, loaded: Row, ct: BackwardCarry) -> BackwardCarry:
         """From the cotangents behind step k to those before it."""
         active = k < self.steps
-        y, inner, t0, t1, jump = loaded
+        y, inner, t0, t1, jump = loaded.y, loaded.inner, loaded.t0, loaded.t1, jumped(loaded)
         moving, fixed = eqx.partition(inner, eqx.is_inexact_array)
         increments, memory = self.functions.draw(t0, t1, ct.memory)
         ct = ct._replace(memory=memory)
@@ -290,14 +394,15 @@ class StepPullback:
         """With zeros for the wanted constants that are missing."""
         return {i: ct_consts.get(i, jnp.zeros_like(x)) for i, x in self.wanted.items()}
 
-    def _outputs(self, k, active, loaded: RecordedStep, increments, ct: BackwardCarry):
+    def _outputs(self, k, active, loaded: Row, increments, ct: BackwardCarry):
         """Adds the cotangents of what was saved in step k, and returns those of its dense output."""
         if all(save.at_time is None and save.at_step is None for save in self.traced.saves):
             return ct, None
-        _, _, t0, t1, _ = loaded
-        y1, _, dense, _ = self.functions(self.traced.advance, *loaded, increments)
+        t0, t1 = loaded.t0, loaded.t1
+        at = (loaded.y, loaded.inner, t0, t1, jumped(loaded))
+        y1, _, dense, _ = self.functions(self.traced.advance, *at, increments)
         ct_dense = trees.zeros_like(dense)
-        before = jnp.where(k == 0, -jnp.inf, tapes.get(self.tape.knots, k))
+        before = jnp.where(k == 0, -jnp.inf, t0 if loaded.before is None else loaded.before)
         for j, save in enumerate(self.traced.saves):
             if self.saved[j] is None:
                 continue
@@ -363,6 +468,11 @@ class StepPullback:
         )
         ts_index = tuple(index if i == j else n for i, n in enumerate(ct.ts_index))
         return ct._replace(consts=ct_consts, ts_index=ts_index), ct_dense
+
+
+def jumped(row: Row) -> Array:
+    """Whether the field jumped at the start of a step."""
+    return jnp.zeros(row.t0.shape, bool) if row.jump is None else row.jump
 
 
 def _asked(judged: Judged | None, cts: Judged | None) -> Judged | None:

@@ -8,12 +8,13 @@ through just these steps, backwards:
 with the cotangents of saved outputs added where they were saved. The step sizes carry no gradient, and
 rejected steps do not take part. The states y_n come from the tape (`tape`) or from a replay (`backward`).
 
-Cost:       one gradient is 2 F + 1 B per step up to `checkpoints` accepted steps; with up to m times as
-            many, m = 2, 4, 8, ..., all but every m-th step are replayed, 1 - 1/m F more per step (F: the
-            vector-field evaluations of a step, B: their transpose; the forward solve is 1 F).
-Memory:     2 `checkpoints` states, or about 4 sqrt(max_steps) if that is more; max_steps times (twice
-            that, and a flag, if the field may jump). With outputs inside steps, or estimates, an FSAL
-            method adds its last stage to each state.
+Cost:       one gradient is 2 F + 1 B per step up to S = `checkpoints` accepted steps; with up to m times as
+            many, m = 2, 4, .., S / 2, all but every m-th step are replayed, 1 - 1/m F more per step, and
+            with S = 256 at most 2 F more up to a million steps (F: the vector-field evaluations of a
+            step, B: their transpose; the forward solve is 1 F).
+Memory:     1.5 S states, whatever `max_steps`; 16 S times, where steps may be rejected (twice that, and a
+            flag, if the field may jump). With outputs inside steps, or estimates, an FSAL method adds its
+            last stage to each state. Estimates are kept step by step: `max_steps` numbers each.
 Reference:  On Neural Differential Equations, Kidger (2022), section 5.1 | arXiv:2202.02435
 """
 
@@ -27,10 +28,12 @@ from nde.solvers.adjoint import loop
 from nde.solvers.adjoint.backward import BackwardCarry, Cotangents, run_backward
 from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import stepper_for
-from nde.solvers.adjoint.tape import Doubling, Trail, doubling
+from nde.solvers.adjoint.tape import Doubling, Plan, Trail, keeping, power
 from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
+
+_KNOTS = 16  # ends of steps per state, where steps may be rejected
 
 
 class DiscreteAdjoint(diffrax.AbstractAdjoint):
@@ -49,7 +52,7 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
 
     Args:
         checkpoints: How many states to keep; with more steps, those between them are replayed once.
-            Rounded up to a power of two, and to about the square root of `max_steps`.
+            Rounded up to a power of two.
         estimates: Which error and stiffness estimates to put into `sol.stats`, as differentiable
             numbers; None: none, at no cost.
 
@@ -93,18 +96,22 @@ class _StoredSolve(AbstractSolve):
     keeps_end = False
 
     def __init__(self, traced: Traced, start: Start, max_steps: int, checkpoints: int):
-        self._plan = doubling(checkpoints, max_steps)
+        rows, ladder = keeping(checkpoints, max_steps)
+        knots = None
+        if ladder.most and not traced.uniform:
+            knots = Doubling(power(min(_KNOTS * rows.slots, max_steps)))
+        self._plan = Plan(rows, knots=knots, ladder=ladder)
         super().__init__(traced, start, max_steps)
 
-    def plan(self) -> Doubling:
+    def plan(self) -> Plan:
         return self._plan
 
     def pull_back(
         self,
         functions: LaneFunctions,
-        ts: tuple[Array, ...],
+        start: Start,
         trail: Trail,
         cts: Cotangents,
         wanted: dict[int, Array],
     ) -> BackwardCarry:
-        return run_backward(functions, ts, trail, cts, wanted, self._plan)
+        return run_backward(functions, start, trail, cts, wanted, self._plan)

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import trees
 from nde.solvers.adjoint import tape as tapes
-from nde.solvers.adjoint.tape import Doubling, Every, Tape
+from nde.solvers.adjoint.tape import Plan, Row, Tape
 from nde.solvers.adjoint.traced import LaneFunctions, Outcome, Save, Start, code, end_floor
 from nde.solvers.estimates.estimates import Judged
 from nde.solvers.lanes.batch import masked
@@ -40,25 +40,49 @@ class ForwardCarry(NamedTuple):
     judged: Judged | None  # the estimates of every accepted step, in rows
     memory: PyTree[Array]  # of the noise
     extra: PyTree[Array]  # what an adjoint finds out besides, lane by lane
+    before: Array | None  # where the last step ended, if the field may jump
+    last: Row | None  # the times of the last step, if there is a tape
     tape: Tape | None
 
 
+class Standing(NamedTuple):
+    """Where the lanes stand between two attempts: what a replay goes on with."""
+
+    y: PyTree[Array]
+    state: PyTree[Array]
+    cache: PyTree[Array]
+    made_jump: Array
+    tprev: Array
+    tnext: Array
+    controller_state: PyTree[Array]
+    before: Array | None
+
+
+def row_of(functions: LaneFunctions, c: Any, plan: Plan) -> Row:
+    """What the tape keeps of where the lanes stand."""
+    traced = functions.traced
+    return Row(
+        y=None if plan.rows is None else c.y,
+        inner=None if plan.rows is None else traced.inner(c.state, c.cache),
+        t0=c.tprev,
+        t1=c.tnext,
+        jump=c.made_jump if traced.jumps else None,
+        before=c.before,
+        controller=c.controller_state if plan.replays else None,
+    )
+
+
 def initial_carry(
-    functions: LaneFunctions, start: Start, max_steps: int, plan: Doubling | Every | None
+    functions: LaneFunctions, start: Start, max_steps: int, plan: Plan | None
 ) -> ForwardCarry:
-    """What the loop begins with. `plan`: which states to write down for the way back; None: no tape."""
+    """What the loop begins with. `plan`: which rows to write down for the way back; None: no tape."""
     traced, count = functions.traced, functions.lanes.count
     zeros = jnp.zeros(count, jnp.int32)
     cache = functions(traced.cache, start.tprev, start.y, start.state)
     blank = lambda rows, x: jnp.full((rows, count, *x.shape), jnp.inf, x.dtype)
     outputs = lambda save: jax.tree.map(lambda x: blank(save.rows, x), save.out)
     times = lambda rows: jnp.full((rows, count), jnp.inf, start.t1.dtype)
-    tape = None
-    if plan is not None:
-        state = (start.y, traced.inner(start.state, cache))
-        jump = start.made_jump if traced.jumps else None
-        tape = tapes.empty(plan, state, start.tprev, jump, max_steps)
-    return ForwardCarry(
+    begin = ForwardCarry(
         y=start.y,
         state=start.state,
         cache=cache,
@@ -76,14 +100,26 @@ def initial_carry(
         judged=jax.tree.map(lambda x: jnp.zeros((max_steps, count), x.dtype), traced.judged),
         memory=functions.memory(start.tprev),
         extra=(),
-        tape=tape,
+        before=jnp.full_like(start.tprev, -jnp.inf) if traced.jumps else None,
+        last=None,
+        tape=None,
     )
+    if plan is None:
+        return begin
+    row = row_of(functions, begin, plan)
+    last = _end(row) if plan.last else None
+    return begin._replace(last=last, tape=tapes.empty(plan, row))
+
+
+def _end(row: Row) -> Row:
+    """The times of a step."""
+    return tapes.times(row)._replace(before=None, controller=None)
 
 
 def run_forward(
-    functions: LaneFunctions, start: Start, max_steps: int, plan: Doubling | Every | None
+    functions: LaneFunctions, start: Start, max_steps: int, plan: Plan | None
 ) -> ForwardCarry:
-    """Solves in all lanes. `plan`: which states to write down for the way back; None: no tape."""
+    """Solves in all lanes. `plan`: which rows to write down for the way back; None: no tape."""
     traced, floor = functions.traced, end_floor(start.t1)
 
     def is_live(c: ForwardCarry) -> Array:
@@ -96,17 +132,14 @@ def run_forward(
     def body(carry: tuple[Array, ForwardCarry]) -> tuple[Array, ForwardCarry]:
         attempts, c = carry
         live = is_live(c)
-        increments, memory = functions.draw(c.tprev, c.tnext, c.memory)
-        times = (c.tprev, c.tnext, start.t1, floor)
-        at = (c.y, c.state, c.cache, c.made_jump, *times, c.controller_state)
-        step: Outcome = functions(traced.attempt, *at, increments)
+        step, memory = tried(functions, c, start.t1, floor, c.memory)
         c = c._replace(memory=memory)
         accept = live & step.accept
         index = attempts if traced.uniform else c.accepted
         if plan is not None and c.tape is not None:
-            state = (c.y, traced.inner(c.state, c.cache))
-            at = (index, accept, state, c.tprev, c.tnext, c.made_jump)
-            c = c._replace(tape=tapes.record(plan, c.tape, *at))
+            row = row_of(functions, c, plan)
+            last = trees.where(accept, _end(row), c.last) if plan.last else None
+            c = c._replace(last=last, tape=tapes.record(plan, c.tape, index, accept, row))
         if traced.judged is not None:
             step_row = jnp.where(accept, index, max_steps)  # past the end: not written
             c = c._replace(judged=tapes.put(c.judged, step_row, masked(accept, step.judged)))
@@ -114,9 +147,15 @@ def run_forward(
         cached = bool(jax.tree.leaves(c.cache))
         if traced.jumps and not cached:  # the solver has evaluated anew by itself
             c = c._replace(restarts=c.restarts + (live & c.made_jump).astype(jnp.int32))
-        c = _accept(c, step, live, accept)
+        c = c._replace(
+            result=trees.where(live, step.result, c.result),
+            accepted=c.accepted + accept.astype(jnp.int32),
+            rejected=c.rejected + (live & ~accept).astype(jnp.int32),
+        )
+        c = moved(c, step, live, accept)
         if traced.jumps and cached:
-            c = _refresh(functions, c, accept)
+            c = c._replace(restarts=c.restarts + (accept & c.made_jump).astype(jnp.int32))
+            c = refreshed(functions, c, accept)
         return attempts + 1, c
 
     begin = initial_carry(functions, start, max_steps, plan)
@@ -125,7 +164,16 @@ def run_forward(
     return last._replace(result=jnp.where(is_live(last), stopped, last.result))
 
 
-def _accept(c: ForwardCarry, step: Outcome, live: Array, accept: Array) -> ForwardCarry:
+def tried(
+    functions: LaneFunctions, c: Any, t1: Array, floor: Array, memory: PyTree[Array]
+) -> tuple[Outcome, PyTree[Array]]:
+    """One attempt in every lane, and the memory of the noise behind it."""
+    increments, memory = functions.draw(c.tprev, c.tnext, memory)
+    at = (c.y, c.state, c.cache, c.made_jump, c.tprev, c.tnext, t1, floor, c.controller_state)
+    return functions(functions.traced.attempt, *at, increments), memory
+
+
+def moved(c: Any, step: Outcome, live: Array, accept: Array) -> Any:
     """Lanes that accept the step move to its end; all live ones do what the controller says."""
     return c._replace(
         y=trees.where(accept, step.y, c.y),
@@ -135,20 +183,18 @@ def _accept(c: ForwardCarry, step: Outcome, live: Array, accept: Array) -> Forwa
         tprev=trees.where(accept, step.tprev, c.tprev),
         tnext=trees.where(live, step.tnext, c.tnext),
         controller_state=trees.where(live, step.controller_state, c.controller_state),
-        result=trees.where(live, step.result, c.result),
-        accepted=c.accepted + accept.astype(jnp.int32),
-        rejected=c.rejected + (live & ~accept).astype(jnp.int32),
+        before=None if c.before is None else trees.where(accept, c.tnext, c.before),
     )
 
 
-def _refresh(functions: LaneFunctions, c: ForwardCarry, accept: Array) -> ForwardCarry:
+def refreshed(functions: LaneFunctions, c: Any, accept: Array) -> Any:
     """Behind a jump of the field the last stage is not the first of the next step."""
     jumped = accept & c.made_jump
     anew = lambda: functions(functions.traced.cache, c.tprev, c.y, c.state)
     cache = jax.lax.cond(
         jnp.any(jumped), lambda: trees.where(jumped, anew(), c.cache), lambda: c.cache
     )
-    return c._replace(cache=cache, restarts=c.restarts + jumped.astype(jnp.int32))
+    return c._replace(cache=cache)
 
 
 def _save(functions, start, c: ForwardCarry, step: Outcome, accept) -> ForwardCarry:

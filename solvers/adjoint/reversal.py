@@ -5,17 +5,23 @@ the same at every step, so they are recorded once while the solve is traced, as 
 lane (`trace_reversal`); the loop evaluates them in the same order, over all lanes, with parameter
 cotangents summed (`_LanePullback`).
 
-With a state stored every K accepted steps the loop goes chunk by chunk:
+With a state stored every m accepted steps the loop goes stretch by stretch:
 
-    for chunk = last .. 0:
-        un-step K steps from the chunk's end, pulling back                     (`solver.rewind`)
+    for stretch = last .. 0:
+        un-step m steps from the end of the stretch, pulling back              (`solver.rewind`)
         compare the state that comes out with the stored one                   (`_missed`)
-        if some lane has missed it: replay the chunk from the stored state     (`replayed_chunk`)
+        if some lane has missed it: replay from the stored state               (`replayed_stretch`)
         go on from the stored state
+
+m is `checkpoint_every`, twice that once there are more stored states than slots, and so on.
 
 so a gradient is either that of a reversal which is known to have held, or that of the stored steps.
 Where more of a step must be known to pull it back (a nonlinear `SaveAt(fn=...)`, its error estimate), it
 is undone first and then pulled back as a stored one would be.
+
+The times of a step are looked up. Steps of a constant length (or to given times) are found again by the
+controller alone, from a few of its states (the `clock`); where steps may be rejected, the times of all
+are on the tape (`knots`), and if they are too many, a stretch has to be replayed.
 
 A lane whose turn has not come waits at the end of its last step. A lane that failed waits all the time,
 at the end of its donor (`donors`).
@@ -24,7 +30,7 @@ at the end of its donor (`donors`).
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +41,14 @@ from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.backward import (
     BackwardCarry,
     Cotangents,
-    RecordedStep,
     StepPullback,
     added,
-    replayed_chunk,
+    clock_places,
+    jumped,
+    replayed_stretch,
 )
-from nde.solvers.adjoint.tape import Trail
-from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
+from nde.solvers.adjoint.tape import Plan, Row, Rows, Tape, Trail
+from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced, end_floor
 from nde.solvers.lanes.batch import masked
 from nde.solvers.lanes.closures import ClosedFunction, Pool
 from nde.solvers.reversible.coupling import RewindState, StepInput
@@ -173,8 +180,8 @@ class _LanePullback:
         return value, total, ct_x
 
 
-class ChunkCarry(NamedTuple):
-    """What travels backwards inside a chunk.
+class StretchCarry(NamedTuple):
+    """What travels backwards inside a stretch.
 
     A lane axis is in front of every array but the cotangents of constants: those are summed over the
     lanes that share one, levels in front.
@@ -185,40 +192,56 @@ class ChunkCarry(NamedTuple):
     consts: dict[int, Array]
     ts_index: tuple[Array, ...]
     memory: PyTree[Array]
+    clock: Rows | None
 
 
 def run_reversed(
     functions: LaneFunctions,
     reversal: TracedReversal,
-    ts: tuple[Array, ...],
+    start: Start,
     trail: Trail,
     cotangents: Cotangents,
     wanted: dict[int, Array],
-    every: int | None,
+    plan: Plan,
 ) -> BackwardCarry:
-    """Pulls cotangents back to the start. `every`: how many steps lie between stored states."""
-    pullback = StepPullback(functions, ts, trail, cotangents, wanted)
-    reverse = _ChunkReversal(pullback, reversal)
+    """Pulls cotangents back to the start. `plan`: which states and times are kept."""
+    pullback = StepPullback(functions, start, trail, cotangents, wanted, plan)
+    reverse = _StretchReversal(pullback, reversal)
     most, end = jnp.max(trail.steps), pullback.donors.copied(trail.end)
-    ct = pullback.final(cotangents)
-    if every is None:
-        undone = lambda: reverse.chunk(jnp.zeros_like(most), most, end, ct)[1]
+    ct = pullback.final(cotangents)._replace(clock=trail.tape.clock)
+    if plan.rows is None:
+        undone = lambda: reverse.stretch(jnp.zeros_like(most), most, end, ct)[1]
         return jax.lax.cond(most > 0, undone, lambda: ct)
+    keep, timeless = plan.rows, thinned(most, plan)
+    m = every(most, keep)
 
-    def pull_chunk(i: Array, carry: Any):
+    def pull_stretch(i: Array, carry: Any):
         end, ct, rows = carry
-        k0 = every * ((most - 1) // every - i)
-        length, here = jnp.minimum(every, most - k0), trail.steps > k0
-        stored = trees.where(here, tapes.get(trail.tape.states, k0 // every), end)
-        found, undone = reverse.chunk(k0, length, end, ct)
-        missed = here & _missed(found, stored, end)
-        redo = lambda rows: replayed_chunk(pullback, k0, length, stored, ct, rows)
+        k0 = m * ((most - 1) // m - i)
+        length, here = jnp.minimum(m, most - k0), trail.steps > k0
+        kept = tapes.get(trail.tape.rows, tapes.slot(k0 // keep.unit, keep.slots))
+        row = pullback.load(k0, kept)
+        stored = trees.where(here, (row.y, row.inner), end)
+        found, undone = reverse.stretch(k0, length, end, ct)
+        missed = here & (_missed(found, stored, end) | timeless)
+        redo = lambda rows: replayed_stretch(pullback, k0, length, row, ct, rows)
         ct, rows = jax.lax.cond(jnp.any(missed), redo, lambda rows: (undone, rows), rows)
         return stored, ct, rows
 
-    chunks = jnp.where(most > 0, (most - 1) // every + 1, 0)
-    carry = (end, ct, tapes.blank(end, every))
-    return jax.lax.fori_loop(0, chunks, pull_chunk, carry)[1]
+    stretches = jnp.where(most > 0, (most - 1) // m + 1, 0)
+    carry = (end, ct, tapes.blank(tapes.pack(pullback.first), plan.ladder.rows + 1))
+    return jax.lax.fori_loop(0, stretches, pull_stretch, carry)[1]
+
+
+def every(most: Array, keep: tapes.Doubling) -> Array:
+    """How many steps lie between kept rows, behind `most` of them."""
+    units = jnp.maximum(most - 1, 0) // keep.unit + 1
+    return jnp.left_shift(keep.unit, tapes.doublings(units, keep.slots))
+
+
+def thinned(most: Array, plan: Plan) -> Array:
+    """Whether there were too many steps for the times of all to be on the tape."""
+    return jnp.array(False) if plan.knots is None else most > plan.knots.slots
 
 
 def mismatch(found: PyTree[Array], stored: PyTree[Array]) -> Array:
@@ -247,29 +270,77 @@ def _rms(x: Array) -> Array:
     return jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim))) / entries)
 
 
-class _ChunkReversal:
-    """One chunk of the backward pass."""
+class Times:
+    """When a step started and ended, and whether the field jumped at its start."""
+
+    def __init__(
+        self, functions: LaneFunctions, plan: Plan, tape: Tape, first: Row, t1: Array, most
+    ):
+        self.functions, self.plan, self.tape, self.first = functions, plan, tape, first
+        self.t1, self.floor, self.like = t1, end_floor(t1), tapes.times(first)
+        if plan.clock is not None:
+            self.places = clock_places(most, plan)
+
+    def look_up(self, k: Array, clock: Rows | None) -> tuple[Row, Rows | None]:
+        """Step k, and the rows of the clock; anything in a lane that has no such step."""
+        if self.plan.clock is not None and clock is not None:
+            if self.places.origin is not None:
+                clock = self._wound(self.places.origin(k), k, clock)
+            return tapes.unpack(tapes.get(clock, self.places.row(k)), self.like), clock
+        assert self.tape.knots is not None
+        like = tapes.ends(self.first)
+        end = tapes.unpack(tapes.get(self.tape.knots, k), like)
+        if end.jump is not None:
+            return end, clock
+        last = tapes.unpack(tapes.get(self.tape.knots, jnp.maximum(k - 1, 0)), like)
+        return end._replace(t0=jnp.where(k == 0, self.first.t0, last.t1)), clock
+
+    def _wound(self, k0: Array, k1: Array, clock: Rows) -> Rows:
+        """The clock, run from step k0 to step k1."""
+        tick = self.functions.traced.tick
+        assert tick is not None
+
+        def one(k: Any, carry: tuple[Row, Rows]) -> tuple[Row, Rows]:
+            row, clock = carry
+            k = jnp.asarray(k, jnp.int32)
+            at = (row.t0, row.t1, self.t1, self.floor, row.controller)
+            t0, t1, jump, controller = self.functions(tick, *at)
+            before = None if row.before is None else row.t1
+            jump = None if row.jump is None else jump
+            row = Row(None, None, t0, t1, jump, before, controller)
+            return row, tapes.put(clock, self.places.row(k + 1), tapes.pack(row))
+
+        begin = tapes.unpack(tapes.get(clock, self.places.row(k0)), self.like)
+        return jax.lax.fori_loop(k0, k1, one, (begin, clock))[1]
+
+
+class _StretchReversal:
+    """One stretch of the backward pass."""
 
     def __init__(self, pullback: StepPullback, reversal: TracedReversal):
         self.pullback, self.reversal, self.solver = pullback, reversal, reversal.solver
-        last = jnp.maximum(pullback.steps - 1, 0)
-        self.last = pullback.donors.copied(tapes.times(pullback.tape, last))
+        self.last: Row = pullback.donors.copied(pullback.last)
+        at = (pullback.functions, pullback.plan, pullback.tape, pullback.first, pullback.t1)
+        self.looked_up = Times(*at, pullback.most)
         linear = all(save.is_linear for save in pullback.traced.saves)
         self.fused = linear and pullback.judged is None
 
-    def times(self, k: Array) -> tuple[Array, Array, Array]:
-        """Where step k starts and ends in every lane that has one, else its last step."""
-        times = tapes.times(self.pullback.tape, k)
-        return cast(Any, trees.where(k < self.pullback.steps, times, self.last))
+    def times(self, k: Array, clock: Rows | None) -> tuple[Row, Rows | None]:
+        """Step k in every lane that has one, else its last step."""
+        row, clock = self.looked_up.look_up(k, clock)
+        row = row._replace(before=None, controller=None)
+        return trees.where(k < self.pullback.steps, row, self.last), clock  # type: ignore[return-value]
 
-    def when(self, k: Array, memory: PyTree[Array]) -> tuple[When, PyTree[Array]]:
-        """Step k of every lane, and the memory of the noise."""
-        t0, t1, jump = self.times(k)
-        increments, memory = self.pullback.functions.draw(t0, t1, memory)
-        control = self.pullback.functions(self.reversal.control, t0, t1, increments)
-        return When(t0, t1, jump, control, increments), memory
+    def when(
+        self, k: Array, memory: PyTree[Array], clock: Rows | None
+    ) -> tuple[When, PyTree[Array], Rows | None]:
+        """Step k of every lane, the memory of the noise, and the clock."""
+        row, clock = self.times(k, clock)
+        increments, memory = self.pullback.functions.draw(row.t0, row.t1, memory)
+        control = self.pullback.functions(self.reversal.control, row.t0, row.t1, increments)
+        return When(row.t0, row.t1, jumped(row), control, increments), memory, clock
 
-    def chunk(
+    def stretch(
         self, k0: Array, length: Array, end: PyTree[Array], ct: BackwardCarry
     ) -> tuple[PyTree[Array], BackwardCarry]:
         """The state at step k0 as the reversal finds it, and the cotangents there."""
@@ -281,14 +352,15 @@ class _ChunkReversal:
         def step(j: Any, carry: Any):
             (y, others), ct = carry
             k = k0 + length - 1 - j
-            t0, t1, jump = self.times(k)
-            increments, memory = self.pullback.functions.draw(t0, t1, ct.memory)
-            ct, members = ct._replace(memory=memory), self.solver.members(y, others)
-            at = (members, t0, t1, jump, increments)
+            row, clock = self.times(k, ct.clock)
+            increments, memory = self.pullback.functions.draw(row.t0, row.t1, ct.memory)
+            ct = ct._replace(memory=memory, clock=clock)
+            members = self.solver.members(y, others)
+            at = (members, row.t0, row.t1, jumped(row), increments)
             members = self.pullback.functions(self.reversal.retreat, *at)
             # A lane that waits undoes its last step again and again, and is pulled back through it.
             undone = self.solver.split(members)
-            ct = self.pullback.step(k, RecordedStep(*undone, t0, t1, jump), ct)
+            ct = self.pullback.step(k, row._replace(y=undone[0], inner=undone[1]), ct)
             return trees.where(k < self.pullback.steps, undone, (y, others)), ct
 
         return jax.lax.fori_loop(0, length, step, (end, ct))
@@ -298,29 +370,30 @@ class _ChunkReversal:
         solver, pullback = self.solver, self.pullback
         members, cts = solver.members(*end), solver.members(ct.y, ct.inner)
         back = solver.start_rewind(members, cts, pullback.steps.shape)
-        following, memory = self.when(k0 + length - 1, ct.memory)
+        following, memory, clock = self.when(k0 + length - 1, ct.memory, ct.clock)
         # Nothing is pending there, so there is no jump to look at from its other side.
         following = following._replace(made_jump=jnp.zeros_like(following.made_jump))
 
-        def step(j: Any, c: ChunkCarry) -> ChunkCarry:
+        def step(j: Any, c: StretchCarry) -> StretchCarry:
             k = k0 + length - 1 - j
             active = k < pullback.steps
-            when, memory = self.when(k, c.memory)
+            when, memory, clock = self.when(k, c.memory, c.clock)
             c = self._with_outputs(k, active, when, c)
             cts, ct_first = masked(active, (c.back.cts, c.back.ct_first))
             lane_pullback = self._lane_pullback(self.reversal.rewind, when, c.following)
             back, ct_consts = solver.rewind(
                 lane_pullback, c.back._replace(cts=cts, ct_first=ct_first)
             )
-            return ChunkCarry(
+            return StretchCarry(
                 trees.where(active, back, c.back),
                 trees.where(active, when, c.following),
                 added(c.consts, ct_consts or {}),
                 c.ts_index,
                 memory,
+                clock,
             )
 
-        c = ChunkCarry(back, following, ct.consts, ct.ts_index, memory)
+        c = StretchCarry(back, following, ct.consts, ct.ts_index, memory, clock)
         c = jax.lax.fori_loop(0, length, step, c)
         # A lane with nothing pending stands at the end of its last step, where the field is good.
         last = c.following
@@ -330,15 +403,16 @@ class _ChunkReversal:
         # Lanes without a step ran on the donor's data; their result is discarded.
         y, inner = trees.where(pullback.steps > 0, solver.split(cts), (ct.y, ct.inner))
         consts = added(c.consts, ct_consts or {})
-        return solver.split(members), BackwardCarry(y, inner, consts, c.ts_index, c.memory)
+        ct = BackwardCarry(y, inner, consts, c.ts_index, c.memory, c.clock)
+        return solver.split(members), ct
 
     def _lane_pullback(self, functions, step: When, following: When) -> _LanePullback:
         return _LanePullback(functions, self.pullback, self.reversal.control, step, following)
 
-    def _with_outputs(self, k: Array, active: Array, when: When, c: ChunkCarry) -> ChunkCarry:
+    def _with_outputs(self, k: Array, active: Array, when: When, c: StretchCarry) -> StretchCarry:
         """Adds the cotangents of outputs saved at the end of step k."""
         y, others = self.solver.split(c.back.cts)
-        ct = BackwardCarry(y, others, c.consts, c.ts_index, c.memory)
+        ct = BackwardCarry(y, others, c.consts, c.ts_index, c.memory, c.clock)
         for j, save in enumerate(self.pullback.traced.saves):
             if self.pullback.saved[j] is not None and save.at_step is not None:
                 at = (k, active, when.t1, self.solver.split(c.back.members)[0])

@@ -2,13 +2,13 @@ r"""The reversible adjoint: exact gradients of the numerical solution without st
 
 A reversible solver reconstructs step n from step n + 1, and the field value that this needs is the
 primal of the transpose that the gradient needs: both together cost one evaluation and one transpose
-(`reversal`). Nothing is stored but the accepted step times.
+(`reversal`).
 
 In floating point the reversal amplifies rounding where the field contracts: by exp(|h lambda|) per step
 for the flow itself, by 1 / lam for damped couplings. So by default the state is kept every
 `checkpoint_every` steps, the reversal restarts there, and a stretch that misses its stored start is
-replayed. With 32 steps an amplification of 1.1 per step grows to 21, rounding stays rounding, and the
-stored states are one in 32.
+replayed. With 32 steps an amplification of 1.1 per step grows to 21, and rounding stays rounding. At
+most 256 states are kept: with more than 8192 steps the stretches have 64 steps, then 128, and so on.
 
     drift    largest rms of (reconstructed - stored) / (1 + |stored|), over members and restarts
     split    largest rms of (y - z) / (1 + |y|), over the stored states, where z is a second copy of y
@@ -19,7 +19,10 @@ split, that the forward solution itself has gone parasitic, which no adjoint can
 Cost:       the solver's own evaluations forwards, as many evaluations and transposes backwards; an
             output inside a step, or a stretch to replay, costs one more evaluation. `certify=True`
             costs one more sweep of evaluations in the forward solve.
-Memory:     max_steps times; and max_steps / `checkpoint_every` states, if there are restarts.
+Memory:     256 states and the rows for a stretch, or none with `checkpoint_every=None`. Times: with
+            steps of a constant length 384, with more steps found again from these; where steps may be
+            rejected 256 `checkpoint_every` (a solve with more is replayed), and `max_steps` if there is
+            nothing to replay from or with `certify=True`.
 Not for:    stiff fields: use `DiscreteAdjoint`.
 Reference:  Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
 """
@@ -35,15 +38,25 @@ from jaxtyping import Array, PyTree
 from nde.solvers import trees
 from nde.solvers.adjoint import loop
 from nde.solvers.adjoint import tape as tapes
-from nde.solvers.adjoint.backward import BackwardCarry, Cotangents
-from nde.solvers.adjoint.forward import ForwardCarry
-from nde.solvers.adjoint.reversal import TracedReversal, mismatch, run_reversed, trace_reversal
+from nde.solvers.adjoint.backward import BackwardCarry, Cotangents, jumped
+from nde.solvers.adjoint.forward import ForwardCarry, row_of
+from nde.solvers.adjoint.reversal import (
+    Times,
+    TracedReversal,
+    every,
+    mismatch,
+    run_reversed,
+    trace_reversal,
+)
 from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import ReversibleStepper
+from nde.solvers.adjoint.tape import Doubling, Ladder, Plan, keeping, power
 from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
 from nde.solvers.reversible.solver import AbstractReversibleSolver
+
+_STATES = 256  # that are kept, whatever the number of steps
 
 
 class ReversibleAdjoint(diffrax.AbstractAdjoint):
@@ -56,7 +69,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     Args:
         checkpoint_every: Keep the state every so many accepted steps, restart the reversal there, and
             replay a stretch that does not come back to it: the gradient is right whether or not the
-            reversal holds. None stores nothing: constant memory, and right only where it holds.
+            reversal holds. None stores no state, and the gradient is right only where the reversal holds;
+            with constant steps memory is constant, with adaptive ones a time is kept for each step.
         certify: Whether to un-step the solve once more in the forward pass and report `drift` and
             `split`, one number per trajectory, in `sol.stats`. Both below 1e-3 is a solve to trust, if
             its state is of order one (they are in units of 1 + |x|).
@@ -121,30 +135,43 @@ class _ReversedSolve(AbstractSolve):
         every: int | None,
         certify: bool,
     ):
-        every = None if every is None else min(every, max_steps)
-        self._reversal, self._every = reversal, every
+        self._reversal = reversal
+        self._plan = _plan(traced.uniform, max_steps, every, certify)
         self.examine = self._certify if certify else None
         super().__init__(traced, start, max_steps)
 
-    def plan(self) -> tapes.Every:
-        every = self._every or self.max_steps
-        return tapes.Every(0 if self._every is None else -(-self.max_steps // every), every)
+    def plan(self) -> Plan:
+        return self._plan
 
     def pull_back(
         self,
         functions: LaneFunctions,
-        ts: tuple[Array, ...],
+        start: Start,
         trail: tapes.Trail,
         cts: Cotangents,
         wanted: dict[int, Array],
     ) -> BackwardCarry:
-        return run_reversed(functions, self._reversal, ts, trail, cts, wanted, self._every)
+        return run_reversed(functions, self._reversal, start, trail, cts, wanted, self._plan)
 
     def _certify(
         self, functions: LaneFunctions, start: Start, out: ForwardCarry
     ) -> dict[str, Array]:
-        drift, split = certificate(functions, self._reversal, start, out, self._every)
+        drift, split = certificate(functions, self._reversal, start, out, self._plan)
         return {"drift": drift, "split": split}
+
+
+def _plan(uniform: bool, max_steps: int, every: int | None, certify: bool) -> Plan:
+    """Which states are kept, and which times."""
+    rows, ladder, clock, knots, ticks = None, Ladder(0, 0), None, None, Ladder(0, 0)
+    if every is not None:
+        rows, ladder = keeping(_STATES, max_steps, min(every, max_steps))
+    if uniform:
+        clock, ticks = keeping(_STATES, max_steps)
+    elif rows is None or certify:
+        knots = Doubling(power(max_steps))  # nothing else to find them with
+    else:
+        knots = Doubling(power(min(_STATES * rows.unit, max_steps)))
+    return Plan(rows, clock, knots, ladder, ticks, last=True)
 
 
 def certificate(
@@ -152,10 +179,13 @@ def certificate(
     reversal: TracedReversal,
     start: Start,
     out: ForwardCarry,
-    every: int | None,
+    plan: Plan,
 ) -> tuple[Array, Array]:
     """Drift and split of a solve, by un-stepping it from its end (or from every stored state)."""
     solver, tape, steps = reversal.solver, cast(tapes.Tape, out.tape), out.accepted
+    most, first = jnp.max(steps), row_of(functions, start, plan)
+    looked_up = Times(functions, plan, tape, first, start.t1, most)
+    m = None if plan.rows is None else every(most, plan.rows)
     zero = jnp.zeros(steps.shape, jnp.result_type(*jax.tree.leaves((out.y, out.state))))
 
     def gap(y: PyTree[Array], state: PyTree[Array]) -> Array:
@@ -165,23 +195,26 @@ def certificate(
         return mismatch(z, y)
 
     def undo(i: Array, carry):
-        (y, state), drift, split, memory = carry
-        k = jnp.max(steps) - 1 - i
-        own = jnp.clip(jnp.broadcast_to(k, steps.shape), 0, jnp.maximum(steps - 1, 0))
-        t0, t1, jump = tapes.times(tape, own)
-        increments, memory = functions.draw(t0, t1, memory)
-        at = (solver.members(y, state), t0, t1, jump, increments)
+        (y, state), drift, split, memory, clock = carry
+        k = most - 1 - i
+        row, clock = looked_up.look_up(k, clock)
+        row = trees.where(k < steps, row._replace(before=None, controller=None), out.last)
+        increments, memory = functions.draw(row.t0, row.t1, memory)
+        at = (solver.members(y, state), row.t0, row.t1, jumped(row), increments)
         members = functions(reversal.retreat, *at)
         y, state = trees.where(k < steps, solver.split(members), (y, state))
-        if every is None:
+        if plan.rows is None or m is None or tape.rows is None:
             here, stored = (k < steps) & (k == 0), (start.y, start.state)
         else:
-            here, stored = (k < steps) & (k % every == 0), tapes.get(tape.states, k // every)
+            here, place = (k < steps) & (k % m == 0), k // plan.rows.unit
+            kept = tapes.get(tape.rows, tapes.slot(place, plan.rows.slots))
+            kept = tapes.unpack(kept, first)
+            stored = (kept.y, kept.inner)
         drift = jnp.where(here, jnp.maximum(drift, mismatch((y, state), stored)), drift)
         split = jnp.where(here, jnp.maximum(split, gap(*stored)), split)
-        return trees.where(here, stored, (y, state)), drift, split, memory
+        return trees.where(here, stored, (y, state)), drift, split, memory, clock
 
     memory = functions.memory(start.tprev)
-    end = ((out.y, out.state), zero, gap(out.y, out.state), memory)
-    _, drift, split, _ = jax.lax.fori_loop(0, jnp.max(steps), undo, end)
+    end = ((out.y, out.state), zero, gap(out.y, out.state), memory, tape.clock)
+    _, drift, split, *_ = jax.lax.fori_loop(0, most, undo, end)
     return drift, split

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from nde.solvers.adjoint.backward import BackwardCarry, Cotangents
-from nde.solvers.adjoint.forward import ForwardCarry, initial_carry, run_forward
-from nde.solvers.adjoint.tape import Doubling, Every, Trail
+from nde.solvers.adjoint.forward import ForwardCarry, initial_carry, row_of, run_forward
+from nde.solvers.adjoint.tape import Plan, Trail
 from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.lanes import primitives
 from nde.solvers.lanes.batch import Lanes, lane_shapes
@@ -51,14 +51,14 @@ class AbstractSolve(abc.ABC):
         self.residuals = lane_shapes(trail)._replace(tape=lane_shapes(trail.tape, rowed=True))
 
     @abc.abstractmethod
-    def plan(self) -> Doubling | Every:
-        """Which states the forward loop writes down."""
+    def plan(self) -> Plan:
+        """Which rows the forward loop writes down."""
 
     @abc.abstractmethod
     def pull_back(
         self,
         functions: LaneFunctions,
-        ts: tuple[Array, ...],
+        start: Start,
         trail: Trail,
         cts: Cotangents,
         wanted: dict[int, Array],
@@ -110,7 +110,8 @@ class AbstractSolve(abc.ABC):
             judged=cts.judged if jax.tree.leaves(cts.judged) else None,
         )
         functions = LaneFunctions(self.traced, lanes, consts)
-        out = self.pull_back(functions, _row_by_row(args.ts), residuals, given, wanted)
+        start = args._replace(ts=_row_by_row(args.ts))
+        out = self.pull_back(functions, start, residuals, given, wanted)
         ct_start = jax.tree.map(lambda _: None, args)._replace(y=out.y, state=out.inner)
         return cleared(residuals.steps > 0, out.consts, lanes), ct_start
 
@@ -128,11 +129,14 @@ class AbstractSolve(abc.ABC):
         out = loop(functions, start, self.max_steps, plan)
         if self.examine is not None:
             out = out._replace(extra=self.examine(functions, start, out))
-        if not record or out.tape is None:
-            return out._replace(tape=None), None
+        tape, last = out.tape, out.last
+        out = out._replace(tape=None, last=None, before=None)
+        if not record or plan is None or tape is None:
+            return out, None
         steps = jnp.where(out.result == 0, out.accepted, -1)
         end = (out.y, out.state) if self.keeps_end else None
-        return out._replace(tape=None), Trail(out.tape, steps, out.ts_index, end)
+        first = row_of(functions, initial_carry(functions, start, 0, None), plan)
+        return out, Trail(tape, steps, out.ts_index, first, last, end)
 
 
 def _row_by_row(ts: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -1,95 +1,174 @@
-r"""What the forward loop writes down, one row at a time, for the backward loop to read.
+r"""What the forward loop writes down, in rows whose number does not depend on `max_steps`.
 
-Every accepted step leaves its end time; it began where the last one ended, unless the field may jump.
-States are kept in S slots (S a power of two): all of them up to S steps, then every second one, every
-fourth one, and so on. State k, where it is kept, stands in
+A row holds where a step starts: the state, the times of the step, and what the controller knows. Rows
+stand in S slots (S a power of two): all of them up to S steps, then every second one, every fourth one,
+and so on. Row k, where it is kept, stands in
 
     slot(0) = 0,    slot(k) = 1 + (k - 1) mod (S - 1).
 
-So nothing is ever moved: when S slots are full and the stride doubles, the next kept state S 2^(j-1)
-+ i 2^j falls on the slot of state (2i + 1) 2^(j-1), which is just the i-th of those no longer wanted
+So nothing is ever moved: when S slots are full and the stride doubles, the next kept row S 2^(j-1)
++ i 2^j falls on the slot of row (2i + 1) 2^(j-1), which is just the i-th of those no longer wanted
 (subtracting S - 1 strides of 2^(j-1) from the one gives the other, and leaves the remainder as it was).
+
+On the way back the 2^q rows of a stretch, from one kept row to the next, are found again by a replay.
+They stand on a ladder of L levels with b bits each, L b >= q: place j of the stretch goes to the level
+of its trailing zeros, floor(zeros(j) / b). A level holds the 2^b - 1 rows of the stretch of the level
+above that the backward loop is in; so L (2^b - 1) rows serve 2^q steps, each replayed at most L times.
+The fewest levels are taken for which there are rows: with 127 one up to 128 steps, two up to 4096.
+
+Where steps may be rejected, the times of all accepted steps are kept as well, in more slots of their own
+(`knots`): a step whose end is known is replayed at once, and is the very step that was taken.
 
 Rows are either common to all lanes (one index) or each lane's own (an index per lane).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 
-class Tape(NamedTuple):
-    """Accepted steps. Arrays have a row axis, then the lane axis."""
+class Row(NamedTuple):
+    """Where a step starts, in every lane. None: what is not needed, or nowhere the case."""
 
-    states: PyTree[Array]  # (rows + 1 + spare, lanes, ...); row `rows` takes what is not kept
-    knots: (
-        Array  # (max_steps + 2, lanes): step k ends at row k + 1, and starts where the last ended
-    )
-    starts: Array | None  # unless the field may jump there; then here, a spacing or two later
-    jumps: Array | None  # whether it did
+    y: PyTree[Array]
+    inner: PyTree[Array]
+    t0: Array
+    t1: Array  # where it ends
+    jump: Array | None = None  # whether the field jumped at t0
+    before: Array | None = None  # where the last step ended: not at t0, if the field jumped there
+    controller: PyTree[Array] = None
+
+
+Rows = list[Array]  # many of them, packed; the row axis in front, then the lane axis
+
+
+class Tape(NamedTuple):
+    """Row `slots` takes what is not kept; behind it are those of the ladder."""
+
+    rows: Rows | None  # states, with their times
+    clock: Rows | None  # times alone
+    knots: Rows | None  # the times of every step, or of every second, fourth, ..
 
 
 def slot(k: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
-    """The slot of state k, if it is kept."""
+    """The slot of row k, if it is kept."""
     # `rem` and shifts: the sign that `%` and `//` care for costs kernels of its own.
     return jnp.where(k == 0, 0, 1 + jax.lax.rem(k - 1, jnp.asarray(slots - 1, k.dtype)))
 
 
-def stride(count: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
-    """The distance between kept states once `count` of them have come by."""
+def doublings(count: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
+    """How often the distance between kept rows has doubled once `count` of them have come by."""
     filled = jnp.maximum(count - 1, 0) >> (slots.bit_length() - 1)  # 0, then 1, 2-3, 4-7, ...
-    return jnp.left_shift(1, 32 - jax.lax.clz(filled.astype(jnp.int32)))  # the bit length counts
+    return (32 - jax.lax.clz(filled.astype(jnp.int32))).astype(jnp.int32)  # the bit length counts
 
 
 class Doubling(NamedTuple):
-    """Keeps states in a fixed number of slots, whatever the number of steps.
+    """Keeps every `unit`-th row in a fixed number of slots, whatever the number of steps."""
 
-    The spare rows are for the states between two kept ones, once they are replayed.
-    """
-
-    rows: int  # a power of two
-    spare: int = 0  # the longest stride, less one
+    slots: int  # a power of two
+    unit: int = 1
 
     def row(self, k: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Where state k goes; `rows` if it is not kept."""
-        kept = k & (stride(k + 1, self.rows) - 1) == 0
-        return jnp.where(kept, slot(k, self.rows), self.rows)
+        """Where row k goes; `slots` if it is not kept."""
+        c = k // self.unit if self.unit > 1 else k
+        kept = c & (jnp.left_shift(1, doublings(c + 1, self.slots)) - 1) == 0
+        kept &= (c * self.unit == k) if self.unit > 1 else True
+        return jnp.where(kept, slot(c, self.slots), self.slots)
 
 
-class Every(NamedTuple):
-    """Keeps the state at the start of every chunk of `steps` steps."""
+class Ladder(NamedTuple):
+    """Rows for the stretch of 2^q steps between two kept ones. Place 0 is the kept one's."""
 
     rows: int
-    steps: int
-    spare: int = 0
+    most: int  # the largest q
 
-    def row(self, k: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Where state k goes; `rows` if it is not kept."""
-        return jnp.where(k % self.steps == 0, k // self.steps, self.rows)
+    def _bits(self, q: Int[Array, ""]) -> Int[Array, ""]:
+        """How many bits a level has, if there are q in all."""
+        widest = lambda q: max(b for b in range(1, 32) if -(-q // b) * (2**b - 1) <= self.rows)
+        bits = [1] + [min(q, widest(q)) for q in range(1, self.most + 1)]
+        return jnp.asarray(np.array(bits, np.int32))[q]
 
+    def place(self, j: Int[Array, ""], q: Int[Array, ""]) -> Int[Array, ""]:
+        """Where step j of the stretch stands, from 1 on; 0 for j = 0."""
+        bits = self._bits(q)
+        level = _zeros(j) // bits
+        width = jnp.left_shift(1, bits) - 1
+        return jnp.where(j == 0, 0, level * width + ((j >> (level * bits)) & width))
 
-def doubling(checkpoints: int, max_steps: int) -> Doubling:
-    """Slots, and rows for the longest stride that `max_steps` can lead to.
-
-    Both are about sqrt(max_steps) once that is more than `checkpoints`.
-    """
-    root = 1
-    while root * root < max_steps:
-        root *= 2
-    slots = 2
-    while slots < max(min(checkpoints, max_steps), root):
-        slots *= 2
-    longest = 1
-    while slots * longest < max_steps:
-        longest *= 2
-    return Doubling(slots, longest - 1)
+    def origin(self, j: Int[Array, ""], last: Bool[Array, ""], q: Int[Array, ""]):
+        """The step to replay from before step j is pulled back: j itself, if its row is there. `last`:
+        whether j is the last step of its stretch, and so the first to be pulled back."""
+        bits = self._bits(q)
+        rung = _zeros(j + 1) // bits * bits
+        return jnp.where(last, 0, (j >> rung) << rung)
 
 
-def blank(tree: PyTree[Array], rows: int) -> PyTree[Array]:
-    """Rows to be written, every one holding `tree` (a valid value, should it ever be read)."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), tree)
+def _zeros(j: Int[Array, ""]) -> Int[Array, ""]:
+    """How many trailing zeros j has."""
+    return jax.lax.population_count((j & -j) - 1)
+
+
+class Plan(NamedTuple):
+    """Which rows are kept; None: none."""
+
+    rows: Doubling | None
+    clock: Doubling | None = None  # where only times must be found again
+    knots: Doubling | None = None  # where steps may be rejected
+    ladder: Ladder = Ladder(0, 0)  # for the states of a stretch
+    ticks: Ladder = Ladder(0, 0)  # for its times, on the clock
+    last: bool = False  # whether the times of the last step are wanted
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps are found again by the controller."""
+        return max(self.ladder.most, self.ticks.most) > 0
+
+
+def power(least: int) -> int:
+    """The least power of two that is at least 2, and `least`."""
+    return 1 << max(1, (least - 1).bit_length())
+
+
+def keeping(count: int, max_steps: int, unit: int = 1) -> tuple[Doubling, Ladder]:
+    """`count` rows, one in `unit`, and a ladder for the steps between them: with half as many, or for
+    those of a unit."""
+    units = -(-max_steps // unit)
+    slots = power(min(count, units))
+    q = max(0, (units - 1).bit_length() - (slots.bit_length() - 1)) + (unit - 1).bit_length()
+    rows = power(unit if unit > 1 else slots // 2) - 1
+    return Doubling(slots, unit), Ladder(max(rows, q) if q else 0, q)
+
+
+def pack(row: Row) -> Rows:
+    """A row as few arrays: those with one number per lane become one array per dtype."""
+    groups: dict[Any, list[Array]] = {}
+    for x in jax.tree.leaves(row):
+        groups.setdefault(x.dtype if x.ndim == 1 else len(groups), []).append(x)
+    stacked = lambda group: jnp.stack(group, axis=1) if group[0].ndim == 1 else group[0]
+    return [stacked(group) for group in groups.values()]
+
+
+def unpack(arrays: Rows, like: Row) -> Row:
+    """The row again; `like` has its structure."""
+    leaves, tree = jax.tree.flatten(like)
+    groups: dict[Any, int] = {}
+    used: dict[int, int] = {}
+    out = []
+    for x in leaves:
+        key = x.dtype if x.ndim == 1 else len(groups)
+        which = groups.setdefault(key, len(groups))
+        column = used.get(which, 0)
+        used[which] = column + 1
+        out.append(arrays[which][:, column] if x.ndim == 1 else arrays[which])
+    return jax.tree.unflatten(tree, out)
+
+
+def blank(row: PyTree[Array], rows: int) -> PyTree[Array]:
+    """Rows to be written, every one holding `row` (a valid value, should it ever be read)."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), row)
 
 
 def put(rows: PyTree[Array], index: Int[Array, "..."], value: PyTree[Array]) -> PyTree[Array]:
@@ -124,48 +203,53 @@ class Trail(NamedTuple):
     tape: Tape
     steps: Int[Array, " lanes"]  # accepted steps; -1 where the solve failed
     ts_index: tuple[Int[Array, " lanes"], ...]  # how many save times were reached, per `SubSaveAt`
+    first: Row  # where the solve starts
+    last: Row  # the times of the last step
     end: PyTree[Array] = None  # the last state, for a reversal to begin with
 
 
-def empty(
-    plan: Doubling | Every, state: PyTree[Array], t0: Array, jump: Array | None, steps: int
-) -> Tape:
-    """A tape with nothing on it yet. `jump` is None where the field cannot jump."""
-    states = blank(state, plan.rows + 1 + plan.spare) if plan.rows else None
-    knots = blank(t0, steps + 2)
-    if jump is None:
-        return Tape(states, knots, None, None)
-    return Tape(states, knots, blank(t0, steps + 2), blank(jump, steps + 2))
+def times(row: Row) -> Row:
+    """What a row says of time alone, and what that goes on with."""
+    return row._replace(y=None, inner=None)
+
+
+def ends(row: Row) -> Row:
+    """What is known of a step that may be rejected: where it ends; and, if the field may jump, whether
+    it did so at its start, and where that is."""
+    t0 = None if row.jump is None else row.t0
+    return row._replace(y=None, inner=None, t0=t0, before=None, controller=None)
+
+
+def empty(plan: Plan, row: Row) -> Tape:
+    """A tape with nothing on it yet. `row`: where the first step starts."""
+    rows = clock = knots = None
+    if plan.rows is not None:
+        rows = blank(pack(row), plan.rows.slots + 1 + plan.ladder.rows)
+    if plan.clock is not None:
+        clock = blank(pack(times(row)), plan.clock.slots + 1 + plan.ticks.rows)
+    if plan.knots is not None:
+        knots = blank(pack(ends(row)), plan.knots.slots + 1)
+    return Tape(rows, clock, knots)
 
 
 def record(
-    plan: Doubling | Every,
-    tape: Tape,
-    k: Int[Array, "..."],
-    accept: Bool[Array, " lanes"],
-    state: PyTree[Array],
-    t0: Array,
-    t1: Array,
-    jump: Array,
+    plan: Plan, tape: Tape, k: Int[Array, "..."], accept: Bool[Array, " lanes"], row: Row
 ) -> Tape:
-    """Notes that step k went from `state` at t0 to t1, in the lanes that accept it.
+    """Notes where step k starts and ends, in the lanes that accept it.
 
-    With an index common to all lanes, lanes that do not accept write a step of length zero.
+    With an index common to all lanes, one that does not accept has ended, and writes behind its last.
     """
-    last = tape.knots.shape[0] - 1
-    state_row, row = plan.row(k), k
-    if jnp.ndim(k) > 0:
-        state_row, row = jnp.where(accept, state_row, plan.rows), jnp.where(accept, k, last)
+
+    def noted(keep: Doubling | None, rows: Rows | None, row: Row) -> Rows | None:
+        if keep is None or rows is None:
+            return None
+        place = keep.row(k)
+        if jnp.ndim(k) > 0:
+            place = jnp.where(accept, place, keep.slots)
+        return put(rows, place, pack(row))
+
     return Tape(
-        put(tape.states, state_row, state) if plan.rows else None,
-        put(tape.knots, row + 1, jnp.where(accept, t1, t0)),
-        None if tape.starts is None else put(tape.starts, row, t0),
-        None if tape.jumps is None else put(tape.jumps, row, jump),
+        noted(plan.rows, tape.rows, row),
+        noted(plan.clock, tape.clock, times(row)),
+        noted(plan.knots, tape.knots, ends(row)),
     )
-
-
-def times(tape: Tape, k: Int[Array, "..."]) -> tuple[Array, Array, Array]:
-    """Where step k starts and ends, and whether the field jumped at its start."""
-    t0 = get(tape.knots if tape.starts is None else tape.starts, k)
-    jump = jnp.zeros(t0.shape, bool) if tape.jumps is None else get(tape.jumps, k)
-    return t0, get(tape.knots, k + 1), jump

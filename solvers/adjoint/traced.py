@@ -5,6 +5,7 @@ functions of one lane (`closures`) and a record of arrays to start from, and not
 `forward` and `backward` know no diffrax.
 """
 
+import functools as ft
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -88,6 +89,7 @@ class Traced:
     memory: ClosedFunction | None  # t -> memory of the noise; None where no path remembers
     draw: ClosedFunction | None  # (t0, t1, memory) -> (increments, memory)
     attempt: ClosedFunction  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Outcome
+    tick: ClosedFunction | None  # what `attempt` says of times, if these depend on nothing else
     advance: ClosedFunction  # (y, inner, t0, t1, made_jump) -> (y, inner, dense_info, judged)
     cache: ClosedFunction  # (t, y, state) -> cache
     saves: tuple[Save, ...]
@@ -149,6 +151,24 @@ class _Steps:
             return self.stepper
         return with_terms(self.stepper, self.noise.known(increments))
 
+    def control(self, tprev, tnext, t1, floor, y, y1, y_error, controller_state):
+        """What the controller says of a step from y to y1, and where the next one is to end."""
+        order: Any = self.stepper.solver.error_order(self.stepper.terms)
+        accept, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
+            tprev, tnext, y, y1, self.stepper.args, y_error, order, controller_state
+        )
+        t = jnp.minimum(t, t1)
+        t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, accept)
+        if self.noise is not None and self.rounds:
+            t_end = jnp.where(t_end == t1, t1, self.noise.round_end(t, t_end))
+        return accept, t, t_end, jumped, controller_state, result
+
+    def tick(self, y, tprev, tnext, t1, floor, controller_state):
+        """The times of the next step, whether the field jumps before it, and the controller there."""
+        times = (tprev, tnext, t1, floor)
+        out = self.control(*times, y, y, None, controller_state)
+        return out[1], out[2], jnp.asarray(out[3]), out[4]
+
     def attempt(
         self,
         y: PyTree[Array],
@@ -167,14 +187,10 @@ class _Steps:
         tried = self.knowing(increments).attempt(tprev, tnext, y, state, cache, made_jump)
         finite = all_finite(tried.y1)
         guess, y_error = _guarded(y, tried.y1, tried.y_error, finite)
-        order: Any = self.stepper.solver.error_order(self.stepper.terms)
-        accept, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
-            tprev, tnext, y, guess, self.stepper.args, y_error, order, controller_state
+        times = (tprev, tnext, t1, floor)
+        accept, t, t_end, jumped, controller_state, result = self.control(
+            *times, y, guess, y_error, controller_state
         )
-        t = jnp.minimum(t, t1)
-        t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, accept)
-        if self.noise is not None and self.rounds:
-            t_end = jnp.where(t_end == t1, t1, self.noise.round_end(t, t_end))
         solver_result = diffrax.RESULTS.where(accept, tried.result, diffrax.RESULTS.successful)
         ok = solver_result == diffrax.RESULTS.successful
         result = diffrax.RESULTS.where(ok, result, solver_result)
@@ -259,6 +275,9 @@ def trace(
     attempt = pool.convert(steps.attempt, *at, increments)
     inner = (start.state, cache.out) if hands_over else start.state
     advance = pool.convert(steps.advance, start.y, inner, tprev, tnext, start.made_jump, increments)
+    tick = None
+    if uniform:
+        tick = pool.convert(ft.partial(steps.tick, start.y), *times, start.controller_state)
     *_, info, judged = advance.out
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
     return Traced(
@@ -267,6 +286,7 @@ def trace(
         memory=memory,
         draw=draw,
         attempt=attempt,
+        tick=tick,
         advance=advance,
         cache=cache,
         saves=saves,
@@ -331,17 +351,21 @@ def _trace_save(pool: Pool, stepper, sub, saved, start: Start, info) -> Save:
 
 
 def _controller_habits(stepper, controller, start: Start) -> tuple[bool, bool]:
-    """Whether the controller never rejects a step, and whether it can announce a jump."""
+    """Whether the controller never rejects a step, looking at times alone; and whether it can announce
+    a jump."""
     habits = []
 
-    def adapt(t0: Array, t1: Array, y: PyTree[Array], controller_state: PyTree[Array]):
-        accept, _, _, made_jump, *_ = controller.adapt_step_size(
+    def adapt(y: PyTree[Array], t0: Array, t1: Array, controller_state: PyTree[Array]):
+        accept, *times, made_jump, controller_state, _ = controller.adapt_step_size(
             t0, t1, y, y, stepper.args, y, 1.0, controller_state
         )
         habits.append((accept is True, made_jump is not False))
+        return *times, made_jump, controller_state
 
-    jax.eval_shape(adapt, start.tprev, start.tnext, start.y, start.controller_state)
-    return habits[0]
+    adapted = Pool().convert(adapt, start.y, start.tprev, start.tnext, start.controller_state)
+    always, jumps = habits[0]
+    looks = adapted.reads & set(range(len(jax.tree.leaves(start.y))))
+    return always and not looks, jumps
 
 
 def _must_hit(controller: diffrax.AbstractStepSizeController) -> bool:

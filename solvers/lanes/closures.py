@@ -44,6 +44,13 @@ class ClosedFunction(NamedTuple):
     out: PyTree[jax.ShapeDtypeStruct]
 
     @property
+    def reads(self) -> set[int]:
+        """Which of its arguments, leaf by leaf, the function depends on."""
+        used = {x for eqn in needed_eqns(self.jaxpr) for x in inputs(eqn)}
+        used |= {x for x in self.jaxpr.outvars if not is_literal(x)}
+        return {i for i, x in enumerate(self.jaxpr.invars) if x in used}
+
+    @property
     def computes(self) -> bool:
         """Whether anything is computed from the arguments or the pool, and not only handed on."""
         given = {*self.jaxpr.invars, *self.jaxpr.constvars}

@@ -15,49 +15,63 @@ LONGEST = 1200
 
 
 def strides(slots):
-    return np.asarray(tapes.stride(jnp.arange(LONGEST + 1, dtype=jnp.int32), slots))
+    count = jnp.arange(LONGEST + 1, dtype=jnp.int32)
+    return 1 << np.asarray(tapes.doublings(count, slots))
 
 
-@pytest.mark.parametrize("slots", [2, 4, 8, 16, 32, 64])
-def test_every_state_that_should_be_there_is_there(slots):
-    """Writes the states 0, 1, 2, ... into a list of rows, and looks after each one."""
-    stride, states = strides(slots), jnp.arange(LONGEST, dtype=jnp.int32)
-    row = np.asarray(tapes.Doubling(slots).row(states))
-    slot = np.asarray(tapes.slot(states, slots))
+@pytest.mark.parametrize("unit", [1, 3])
+@pytest.mark.parametrize("slots", [2, 8, 64])
+def test_every_row_that_should_be_there_is_there(slots, unit):
+    """Writes the rows 0, 1, 2, ... into a list, and looks after each one."""
+    stride, steps = strides(slots), jnp.arange(LONGEST * unit, dtype=jnp.int32)
+    row = np.asarray(tapes.Doubling(slots, unit).row(steps))
+    slot = np.asarray(tapes.slot(steps, slots))
     held = [-1] * (slots + 1)
     for k in range(LONGEST):
-        held[row[k]] = k
+        for step in range(k * unit, (k + 1) * unit):
+            held[row[step]] = step
         count = k + 1
         wanted = range(0, count, stride[count])
-        assert [held[slot[j]] for j in wanted] == list(wanted)
+        assert [held[slot[j]] for j in wanted] == [unit * j for j in wanted]
         assert len(wanted) <= slots
-    assert -1 not in held  # no row is wasted, the one for what is not kept included
-
-
-@pytest.mark.parametrize("steps", [1, 3, 8])
-def test_every_kth_state_is_kept(steps):
-    keep = tapes.Every(5, steps)
-    rows = [int(keep.row(jnp.int32(k))) for k in range(5 * steps)]
-    assert rows == [k // steps if k % steps == 0 else 5 for k in range(5 * steps)]
+    assert unit > 1 or -1 not in held  # no row is wasted, the one for what is not kept included
 
 
 @pytest.mark.parametrize("slots", [2, 8, 64])
 def test_stride_is_the_least_power_of_two_that_fits(slots):
     for count, stride in enumerate(strides(slots)):
-        assert stride.bit_count() == 1
         assert slots * stride >= count
         assert stride == 1 or slots * stride // 2 < count
 
 
-@hypothesis.given(st.integers(1, 300), st.integers(1, 100_000))
-def test_plan_has_room_for_every_solve(checkpoints, max_steps):
-    slots, spare = tapes.doubling(checkpoints, max_steps)
-    longest = spare + 1
-    assert slots.bit_count() == longest.bit_count() == 1
-    assert slots >= max(2, min(checkpoints, max_steps))
-    assert int(tapes.stride(jnp.int32(max_steps), slots)) <= longest
-    fewest = max(2, min(checkpoints, max_steps), int(np.ceil(np.sqrt(max_steps))))
-    assert slots < 2 * fewest and longest < 2 * fewest
+@hypothesis.given(st.integers(1, 300), st.integers(1, 2**30), st.integers(1, 100))
+def test_plan_has_room_for_every_solve(checkpoints, max_steps, unit):
+    unit = min(unit, max_steps)
+    (slots, _), (rows, q) = tapes.keeping(checkpoints, max_steps, unit)
+    units = -(-max_steps // unit)
+    assert slots.bit_count() == 1 and min(checkpoints, units) <= slots < 2 * max(2, checkpoints)
+    stretch = unit << int(tapes.doublings(jnp.int32(units), slots))
+    assert stretch <= 2**q and (q == 0 or rows >= q)
+    assert rows < max(2 * unit, slots, 32)  # and not the longer for a larger `max_steps`
+
+
+@pytest.mark.parametrize("rows, q", [(1, 1), (7, 3), (7, 4), (3, 3), (5, 5), (31, 9), (31, 10)])
+@pytest.mark.parametrize("length", [1.0, 0.7])
+def test_a_ladder_finds_every_step_of_a_stretch(rows, q, length):
+    """Goes back through a stretch as the backward loop does, and counts what is replayed."""
+    ladder, count = tapes.Ladder(rows, q), max(1, int(length * 2**q))
+    steps = jnp.arange(2**q, dtype=jnp.int32)
+    place = np.asarray(ladder.place(steps, jnp.int32(q)))
+    origin = np.asarray(ladder.origin(steps, steps == count - 1, jnp.int32(q)))
+    held, replayed = {0: 0}, 0
+    for j in range(count - 1, -1, -1):
+        assert held[place[origin[j]]] == origin[j]
+        for k in range(origin[j] + 1, j + 1):
+            held[place[k]], replayed = k, replayed + 1
+        assert held[place[j]] == j
+    assert max(held) <= rows
+    levels = min(n for n in range(1, q + 1) if n * (2 ** -(-q // n) - 1) <= rows)
+    assert replayed < levels * count
 
 
 def test_rows_common_to_all_lanes_and_rows_of_their_own():
@@ -87,24 +101,40 @@ def test_put_keeps_the_dtype_of_the_rows():
     np.testing.assert_array_equal(got, np.array([[1.0], [0.0]], np.float32), strict=True)
 
 
+def test_packing_keeps_values_dtypes_and_order():
+    row = tapes.Row(
+        {"a": jnp.ones((3, 2)), "b": jnp.arange(3.0)}, (), jnp.arange(3.0) + 5, jnp.zeros(3),
+        jnp.array([True, False, True]), None, (jnp.arange(3), jnp.ones(3, jnp.float32)),
+    )  # fmt: skip
+    packed = tapes.pack(row)
+    assert len(packed) == 5  # a matrix, and one array for each of four dtypes
+    same = lambda a, b: np.testing.assert_array_equal(a, b, strict=True)
+    jax.tree.map(same, tapes.unpack(packed, row), row)
+
+
 SLOTS, ATTEMPTS, LANES = 4, 30, 3
-KEEP = tapes.Doubling(SLOTS)
+PLAN = tapes.Plan(tapes.Doubling(SLOTS), knots=tapes.Doubling(2 * SLOTS))
 OFFSETS = np.array([0.0, 100.0, 200.0])
+
+
+def row_at(k, t):
+    return tapes.Row(OFFSETS + t, (), t + 0.25, t + 1.0, k % 3 == 1, t)
+
+
+START = row_at(jnp.zeros(LANES, jnp.int32), jnp.zeros(LANES))
 
 
 @jax.jit
 def recorded(accept):
     """Attempt i of a lane that has accepted k steps: state 100 lane + k, from k + 1/4 to k + 1."""
-    t0 = jnp.full(LANES, 0.25)
-    tape = tapes.empty(KEEP, jnp.asarray(OFFSETS), t0, jnp.zeros(LANES, bool), ATTEMPTS)
 
     def attempt(i, carry):
         tape, k = carry
-        t = k.astype(jnp.float64)
-        tape = tapes.record(KEEP, tape, k, accept[i], OFFSETS + t, t + 0.25, t + 1.0, k % 3 == 1)
+        tape = tapes.record(PLAN, tape, k, accept[i], row_at(k, k.astype(jnp.float64)))
         return tape, k + accept[i].astype(jnp.int32)
 
-    return jax.lax.fori_loop(0, ATTEMPTS, attempt, (tape, jnp.zeros(LANES, jnp.int32)))
+    begin = (tapes.empty(PLAN, START), jnp.zeros(LANES, jnp.int32))
+    return jax.lax.fori_loop(0, ATTEMPTS, attempt, begin)
 
 
 @hypothesis.given(
@@ -114,52 +144,24 @@ def test_each_lane_keeps_its_own_accepted_steps(seed, rates):
     accept = np.random.default_rng(seed).random((ATTEMPTS, LANES)) < np.array(rates)
     tape, steps = recorded(accept)
     np.testing.assert_array_equal(steps, accept.sum(axis=0))
-    for k in range(int(steps.max())):
-        t0, t1, jump = tapes.times(tape, jnp.full(LANES, k, jnp.int32))
-        mine = k < steps
-        np.testing.assert_array_equal(t0[mine], k + 0.25)
-        np.testing.assert_array_equal(t1[mine], k + 1.0)
-        np.testing.assert_array_equal(jump[mine], k % 3 == 1)
     # Read at the stride of the lane with most steps, as the backward loop does.
-    for k in range(0, int(steps.max()), int(tapes.stride(steps.max(), SLOTS))):
-        state = tapes.get(tape.states, tapes.slot(jnp.int32(k), SLOTS))
-        np.testing.assert_array_equal(state[k < steps], (OFFSETS + k)[k < steps])
-
-
-def test_lanes_in_lockstep_share_their_rows():
-    """One index for all: a lane that has ended writes steps of length zero behind its last."""
-    ends = np.array([2, 5, 4])
-    t0 = jnp.zeros(LANES)
-    tape = tapes.empty(KEEP, jnp.arange(3.0), t0, None, 8)
-    t = np.zeros(LANES)
-    for k in range(5):
-        accept = k < ends
-        tape = tapes.record(
-            KEEP,
-            tape,
-            jnp.int32(k),
-            accept,
-            jnp.arange(3.0) + 10 * k,
-            t,
-            t + 1.0,
-            jnp.zeros(3, bool),
-        )
-        t = t + accept
-    for k in range(5):
-        start, end, jump = tapes.times(tape, jnp.int32(k))
-        np.testing.assert_array_equal(start, np.minimum(k, ends))
-        np.testing.assert_array_equal(end, np.minimum(k + 1, ends))
-        assert not jump.any()
-    for k in (0, 2, 4):
-        state = tapes.get(tape.states, tapes.slot(jnp.int32(k), SLOTS))
-        np.testing.assert_array_equal(state, np.arange(3.0) + 10 * k)
+    for rows, like, slots in [
+        (tape.rows, START, SLOTS),
+        (tape.knots, tapes.ends(START), 2 * SLOTS),
+    ]:
+        for k in range(0, int(steps.max()), 1 << int(tapes.doublings(steps.max(), slots))):
+            row = tapes.unpack(tapes.get(rows, tapes.slot(jnp.int32(k), slots)), like)
+            want, mine = row_at(jnp.full(LANES, k), jnp.full(LANES, float(k))), k < steps
+            for got, value in zip(row, want, strict=True):
+                if got is not None and not isinstance(got, tuple):
+                    np.testing.assert_array_equal(got[mine], value[mine])
 
 
 @pytest.mark.parametrize("solver", [dfx.Tsit5(), EES25()], ids=lambda s: type(s).__name__)
 def test_the_way_back_reads_a_step_of_all_lanes_at_once(solver):
     """Element by element, from times that are long, XLA reads in parallel: dearer than a small step."""
     adjoint = DiscreteAdjoint() if isinstance(solver, dfx.Tsit5) else ReversibleAdjoint()
-    rows = 1002  # max_steps, and two
+    rows = {dfx.Tsit5: 256 + 1 + 127, EES25: 1025}[type(solver)]  # states and ladder; ends of steps
 
     def loss(rate, y0):
         controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
@@ -170,8 +172,7 @@ def test_the_way_back_reads_a_step_of_all_lanes_at_once(solver):
         return jnp.sum(jax.vmap(solve)(y0).ys)
 
     text = jax.jit(jax.grad(loss)).lower(1.0, jnp.arange(1.0, 4.0)).as_text()
-    reads = [line for line in text.splitlines() if f"(tensor<{rows}x3xf64>" in line]
+    reads = [line for line in text.splitlines() if f"(tensor<{rows}x3x" in line]
     by_element = [line for line in reads if "stablehlo.gather" in line]
     by_row = [line for line in reads if "stablehlo.dynamic_slice" in line]
-    # Where the reversal of a lane ends is looked up once, before the loop.
-    assert len(by_element) <= 2 * isinstance(solver, EES25) and by_row
+    assert by_row and not by_element
