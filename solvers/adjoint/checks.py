@@ -24,21 +24,13 @@ from nde.solvers.lanes.primitives import largest
 from nde.solvers.reversible.symplectic import AbstractSymplecticSolver
 
 
-def check_options(
-    name: str, max_steps: int | None, saveat: diffrax.SaveAt, y0: PyTree[Array]
-) -> None:
+def check_options(name: str, max_steps: int | None, saveat: diffrax.SaveAt) -> None:
     """What an adjoint of ours needs whatever the numbers are."""
     if max_steps is None:
         raise ValueError(
             f"`max_steps=None` was given, but `{name}` stores steps and must know how many there can "
             "be. Pass a bound, for example `max_steps=100_000`, or use `adjoint=diffrax.ForwardMode()`."
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(y0):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise ValueError(
-                f"`y0{jax.tree_util.keystr(path)}` is complex ({leaf.dtype}); `{name}` needs real "
-                "states. Split it into two real arrays: `y0 = (y.real, y.imag)`."
-            )
     for sub in jax.tree.leaves(saveat.subs, is_leaf=lambda x: isinstance(x, diffrax.SubSaveAt)):
         if sub.ts is not None and jnp.ndim(sub.ts) != 1:
             raise ValueError(

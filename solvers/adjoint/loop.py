@@ -72,7 +72,7 @@ def solve_with(
     """Solves; returns diffrax's final state, the statistics, and the last state of the loop."""
     saveat, init_state, dt0 = options["saveat"], options["init_state"], options["dt0"]
     t0, t1, args = options["t0"], options["t1"], options["args"]
-    checks.check_options(name, options["max_steps"], saveat, init_state.y)
+    checks.check_options(name, options["max_steps"], saveat)
     start = begin(stepper, saveat, t1, init_state, options["passed_solver_state"])
     start = checks.stop_bad_start(start, dt0, stepper.terms, options["throw"])
     fresh_jumps = init_state.made_jump is not False

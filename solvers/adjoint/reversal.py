@@ -267,7 +267,7 @@ def _missed(found: PyTree[Array], stored: PyTree[Array], end: PyTree[Array]) -> 
 def _rms(x: Array) -> Array:
     """Over the entries of each lane."""
     entries = max(1, math.prod(x.shape[1:]))
-    return jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim))) / entries)
+    return jnp.sqrt(jnp.sum(jnp.abs(x) ** 2, axis=tuple(range(1, x.ndim))) / entries)
 
 
 class Times:
@@ -298,7 +298,6 @@ class Times:
     def _wound(self, k0: Array, k1: Array, clock: Rows) -> Rows:
         """The clock, run from step k0 to step k1."""
         tick = self.functions.traced.tick
-        assert tick is not None
 
         def one(k: Any, carry: tuple[Row, Rows]) -> tuple[Row, Rows]:
             row, clock = carry

@@ -7,6 +7,7 @@ import abc
 from collections.abc import Callable
 from typing import ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -20,9 +21,8 @@ from nde.solvers.lanes.batch import Lanes, lane_shapes
 from nde.solvers.lanes.donors import cleared
 
 _DIFFERENTIABLE = ("y", "state", "saved_ys", "judged")
+_TIMED = ("tprev", "tnext", "controller_state", "saved_ts")
 _ROWED = ("saved_ts", "saved_ys", "judged")
-_NAMES = {"tprev": "`t0`", "t1": "`t1`", "ts": "`SaveAt(ts=...)`", "tnext": "`dt0`"}
-_CONTROLLER = "the step size controller"
 
 
 class AbstractSolve(abc.ABC):
@@ -36,6 +36,7 @@ class AbstractSolve(abc.ABC):
     def __init__(self, traced: Traced, start: Start, max_steps: int):
         self.traced, self.max_steps = traced, max_steps
         self.consts, self.args = len(traced.pool.consts), jax.tree.structure(start)
+        self._steps, self._times = traced.differentiable(), set(traced.tick.uses)
         lanes = Lanes((), ((),) * self.consts)
 
         def begun(consts: list[Array], start: Start) -> tuple[ForwardCarry, Trail | None]:
@@ -45,7 +46,10 @@ class AbstractSolve(abc.ABC):
         # The loop ends with the shapes it begins with: no need to trace it.
         out, trail = jax.eval_shape(begun, traced.pool.consts, start)
         shapes = lambda name: lane_shapes(
-            getattr(out, name), rowed=name in _ROWED, differentiable=name in _DIFFERENTIABLE
+            getattr(out, name),
+            rowed=name in _ROWED,
+            differentiable=name in _DIFFERENTIABLE,
+            timed=name in _TIMED,
         )
         self.results = ForwardCarry(**{name: shapes(name) for name in out._fields})
         self.residuals = lane_shapes(trail)._replace(tape=lane_shapes(trail.tape, rowed=True))
@@ -69,22 +73,29 @@ class AbstractSolve(abc.ABC):
         """Runs the forward loop from `start`, in one lane; `vmap` and `grad` follow `lanes`."""
         return primitives.solve(self, self.traced.pool.consts, start)
 
-    def check_perturbed(self, perturbed: tuple[bool, ...]) -> None:
-        """Refuses derivatives with respect to times and controllers, never a silent zero."""
-        moving = jax.tree.unflatten(self.args, perturbed[self.consts :])
-        names = [
-            name for field, name in _NAMES.items() if any(jax.tree.leaves(getattr(moving, field)))
-        ]
-        used = self.traced.differentiable()
-        stray = any(p and i not in used for i, p in enumerate(perturbed[: self.consts]))
-        if stray or any(jax.tree.leaves(moving.controller_state)):
-            names.append(_CONTROLLER)
-        if names:
-            raise ValueError(
-                f"A derivative with respect to {names[0]} was asked for, but {self.adjoint} has none: "
-                "steps carry no gradient. Wrap it in `jax.lax.stop_gradient`, or use "
-                "`adjoint=diffrax.DirectAdjoint()`."
-            )
+    def timed(self, perturbed: tuple[bool, ...]) -> set[int]:
+        """Which of the operands that are perturbed move times."""
+        start = jax.tree.unflatten(self.args, range(len(perturbed) - self.consts))
+        still = {self.consts + i for i in jax.tree.leaves((start.y, start.state))}
+        for i in range(self.consts):
+            if i in self._steps and i not in self._times:
+                still.add(i)
+        return {i for i, p in enumerate(perturbed) if p and i not in still}
+
+    def plain(self, lanes: Lanes, consts: list[Array], args: Start) -> ForwardCarry:
+        """The results of the loop; where it failed they have no derivative."""
+        out, _ = self._solved(lanes, consts, args, False, run_forward)
+        healthy = out.result == 0
+
+        def held(name: str, x: Array) -> Array:
+            rowed = (1, -1) if name in _ROWED else (-1,)
+            mask = healthy.reshape(rowed + (1,) * (x.ndim - len(rowed)))
+            return jnp.where(mask, x, jax.lax.stop_gradient(x))
+
+        moving = {name: getattr(out, name) for name in _DIFFERENTIABLE + _TIMED}
+        held_if = lambda name, x: held(name, x) if eqx.is_inexact_array(x) else x
+        hold = lambda name, tree: jax.tree.map(lambda x: held_if(name, x), tree)
+        return out._replace(**{name: hold(name, tree) for name, tree in moving.items()})
 
     def forward(
         self, lanes: Lanes, consts: list[Array], args: Start, record: bool

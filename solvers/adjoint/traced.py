@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +90,7 @@ class Traced:
     memory: ClosedFunction | None  # t -> memory of the noise; None where no path remembers
     draw: ClosedFunction | None  # (t0, t1, memory) -> (increments, memory)
     attempt: ClosedFunction  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Outcome
-    tick: ClosedFunction | None  # what `attempt` says of times, if these depend on nothing else
+    tick: ClosedFunction  # what the controller says of times; if `uniform`, whatever the state is
     advance: ClosedFunction  # (y, inner, t0, t1, made_jump) -> (y, inner, dense_info, judged)
     cache: ClosedFunction  # (t, y, state) -> cache
     saves: tuple[Save, ...]
@@ -154,8 +155,11 @@ class _Steps:
     def control(self, tprev, tnext, t1, floor, y, y1, y_error, controller_state):
         """What the controller says of a step from y to y1, and where the next one is to end."""
         order: Any = self.stepper.solver.error_order(self.stepper.terms)
+        # Steps follow the solution, but their lengths carry no derivative of it.
+        seen = jax.tree.map(_stopped, (y, y1, self.stepper.args, y_error))
+        y, y1, args, y_error = seen
         accept, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
-            tprev, tnext, y, y1, self.stepper.args, y_error, order, controller_state
+            tprev, tnext, y, y1, args, y_error, order, controller_state
         )
         t = jnp.minimum(t, t1)
         t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, accept)
@@ -166,7 +170,7 @@ class _Steps:
     def tick(self, y, tprev, tnext, t1, floor, controller_state):
         """The times of the next step, whether the field jumps before it, and the controller there."""
         times = (tprev, tnext, t1, floor)
-        out = self.control(*times, y, y, None, controller_state)
+        out = self.control(*times, y, y, y, controller_state)
         return out[1], out[2], jnp.asarray(out[3]), out[4]
 
     def attempt(
@@ -275,9 +279,7 @@ def trace(
     attempt = pool.convert(steps.attempt, *at, increments)
     inner = (start.state, cache.out) if hands_over else start.state
     advance = pool.convert(steps.advance, start.y, inner, tprev, tnext, start.made_jump, increments)
-    tick = None
-    if uniform:
-        tick = pool.convert(ft.partial(steps.tick, start.y), *times, start.controller_state)
+    tick = pool.convert(ft.partial(steps.tick, start.y), *times, start.controller_state)
     *_, info, judged = advance.out
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
     return Traced(
@@ -396,8 +398,13 @@ def _guarded(y0, y1, y_error, finite):
     return guess, jax.tree.map(lambda e: jnp.where(finite, e, np.inf), y_error)
 
 
+def _stopped(x: Any) -> Any:
+    return jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
+
+
 def end_floor(t1: Array) -> Array:
     """About 100 spacings before t1: a step that ends beyond it ends on t1 (as in diffrax)."""
+    t1 = jax.lax.stop_gradient(t1)
     return t1 - 100 * (t1 - jnp.nextafter(t1, jnp.full_like(t1, -jnp.inf)))
 
 

@@ -32,6 +32,7 @@ class LaneShape:
     dtype: Any
     rowed: bool = False  # the first axis is a row axis, and the lanes come after it
     differentiable: bool = False
+    timed: bool = False  # differentiable only by what times depend on
 
     @property
     def axis(self) -> int:
@@ -53,7 +54,7 @@ class LaneShape:
 
 
 def lane_shapes(
-    tree: PyTree[Any], rowed: bool = False, differentiable: bool = False
+    tree: PyTree[Any], rowed: bool = False, differentiable: bool = False, timed: bool = False
 ) -> PyTree[LaneShape]:
     """The shapes in one lane of arrays that were computed with a flat lane axis."""
 
@@ -61,7 +62,7 @@ def lane_shapes(
         axis = int(rowed)
         inexact = jnp.issubdtype(x.dtype, jnp.inexact)
         one = x.shape[:axis] + x.shape[axis + 1 :]
-        return LaneShape(one, x.dtype, rowed, differentiable and inexact)
+        return LaneShape(one, x.dtype, rowed, differentiable and inexact, timed and inexact)
 
     return jax.tree.map(shape, tree)
 

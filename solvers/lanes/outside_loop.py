@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
+from nde.solvers import trees
 from nde.solvers.lanes import primitives
 from nde.solvers.lanes.batch import Lanes, lane_shapes, masked
 from nde.solvers.lanes.closures import ClosedFunction, Pool
@@ -45,8 +46,15 @@ class _OutsideLoop:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), fn.out)
         self.results = lane_shapes(one, differentiable=True)
 
-    def check_perturbed(self, perturbed: tuple[bool, ...]) -> None:
-        """Everything has a derivative."""
+    def plain(self, lanes: Lanes, consts: list[Array], args: PyTree[Array]) -> PyTree[Array]:
+        """The values again, with a derivative in the lanes that are healthy."""
+        _, healthy, inputs = args
+        out = lanes.per_lane(self.fn)(consts, *inputs)
+        return trees.where(healthy, out, jax.tree.map(jax.lax.stop_gradient, out))
+
+    def timed(self, perturbed: tuple[bool, ...]) -> set[int]:
+        """None: everything is pulled back."""
+        return set()
 
     def forward(
         self, lanes: Lanes, consts: list[Array], args: PyTree[Array], record: bool

@@ -9,14 +9,20 @@ cotangent per step, already summed.
 Three primitives share the operands and the rules:
 
     solve      the forward loop; with `record=True` also what the backward loop needs
-    tangent    the symbolic derivative, linear in its tangents; never run, only transposed
+    tangent    the derivative, linear in its tangents: transposed by a pullback, or run forwards
     pullback   the backward loop: output cotangents -> operand cotangents
+
+Forward mode is JAX's own derivative of the loops as they are written: of the forward loop for a tangent,
+and of the backward loop for a tangent of a gradient. What times depend on (where they start and end,
+where outputs are saved, the arrays of a controller) is few numbers: a pullback to these takes the tangent
+along each, and its product with the cotangents. Reverse mode of a derivative is refused.
 
 Outside, every operand has the axes of its levels in front, and results have those of all levels; a
 program sees pytrees with one flat lane axis (see `batch`).
 """
 
 import functools as ft
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -56,8 +62,12 @@ class Program(Protocol):
         """
         ...
 
-    def check_perturbed(self, perturbed: tuple[bool, ...]) -> None:
-        """Raises for an operand that has no derivative."""
+    def plain(self, lanes: Lanes, consts: list[Array], args: PyTree[Array]) -> PyTree[Array]:
+        """The results, computed as JAX can differentiate them forwards."""
+        ...
+
+    def timed(self, perturbed: tuple[bool, ...]) -> set[int]:
+        """Which of the operands that are perturbed move times: they are pulled back by tangents."""
         ...
 
 
@@ -88,17 +98,64 @@ def _run_pullback(*args, program: Program, sizes, levels, outer, perturbed, give
         return shape.reshape(jnp.asarray(next(shown)), (lanes.count,))
 
     residuals, is_given = jax.tree.map(flat, program.residuals), iter(given)
+    timed = program.timed(perturbed)
     cts = jax.tree.map(
-        lambda shape: flat(shape) if shape.differentiable and next(is_given) else None,
+        lambda shape: flat(shape) if _moves(shape, timed) and next(is_given) else None,
         program.results,
     )
-    separated, consts = lanes.separated(consts)
-    wanted = {i: separated.zeros(consts, i) for i in range(n) if perturbed[i]}
-    ct_consts, ct_args = program.backward(separated, consts, inputs, residuals, cts, wanted)
-    moved = [lanes.rejoined(separated, i, ct_consts[i]) for i in wanted]
+    separated, shared = lanes.separated(consts)
+    wanted = {i: separated.zeros(shared, i) for i in range(n) if perturbed[i] and i not in timed}
+    shown = jax.tree.map(lambda s, ct: ct if s.differentiable else None, program.results, cts)
+    ct_consts, ct_args = program.backward(separated, shared, inputs, residuals, shown, wanted)
+    moved = {i: lanes.rejoined(separated, i, ct_consts[i]) for i in wanted}
     for i, ct in enumerate(program.args.flatten_up_to(ct_args), start=n):
-        if perturbed[i]:
-            moved.append(lanes.gather(ct, levels[i]))
+        if perturbed[i] and i not in timed:
+            moved[i] = lanes.gather(ct, levels[i])
+    if timed:
+        operands = [jnp.asarray(x) for x in args[: len(levels)]]
+        moved |= _by_tangents(program, lanes, operands, levels, sorted(timed), cts)
+    return [moved[i] for i in sorted(moved)]
+
+
+def _by_tangents(
+    program: Program, lanes: Lanes, operands: list[Array], levels, timed: list[int], cts: PyTree
+) -> dict[int, Array]:
+    """The cotangents of some operands, entry by entry: the tangent of the results along it, times
+    their cotangents."""
+    own = [operands[i].shape[sum(levels[i]) :] for i in timed]
+    sizes = [math.prod(shape) for shape in own]
+    total = sum(sizes)
+
+    def along(entry: Array) -> Array:
+        directions, first = [], 0
+        for i, shape, size in zip(timed, own, sizes, strict=True):
+            one = (jnp.arange(first, first + size) == entry).astype(operands[i].dtype)
+            directions.append(jnp.broadcast_to(one.reshape(shape), operands[i].shape))
+            first += size
+
+        def results(*moving: Array) -> list[Array]:
+            full = list(operands)
+            for i, x in zip(timed, moving, strict=True):
+                full[i] = x
+            return jax.tree.leaves(program.plain(lanes, *_unpacked(program, lanes, full, levels)))
+
+        _, dots = jax.jvp(results, [operands[i] for i in timed], directions)
+        out = jnp.zeros((lanes.count,), operands[timed[0]].dtype)
+        shapes = jax.tree.leaves(program.results)
+        given = jax.tree.structure(program.results).flatten_up_to(cts)
+        for dot, ct, shape in zip(dots, given, shapes, strict=True):
+            if ct is not None:
+                product = jnp.real(jnp.where(dot == 0, 0, ct * dot))
+                product = jnp.moveaxis(product, shape.axis, 0).reshape(lanes.count, -1)
+                out += jnp.sum(product, axis=1).astype(out.dtype)
+        return out
+
+    found = jax.lax.map(along, jnp.arange(total), batch_size=min(total, 16)).T
+    moved, first = {}, 0
+    for i, shape, size in zip(timed, own, sizes, strict=True):
+        ct = found[:, first : first + size].reshape((lanes.count, *shape))
+        moved[i] = lanes.gather(ct.astype(operands[i].dtype), levels[i])
+        first += size
     return moved
 
 
@@ -112,13 +169,49 @@ def _unpacked(
     return operands[: program.consts], jax.tree.unflatten(program.args, args)
 
 
-def _run_tangent(*args, **params):
+def _run_tangent(*args, program: Program, sizes, levels, outer, perturbed):
+    n, moving = len(levels), [i for i, p in enumerate(perturbed) if p]
+    operands = [jnp.asarray(x) for x in args[:n]]
+    lanes = Lanes(sizes, levels[: program.consts], outer)
+
+    def results(*moved: Array) -> list[Array]:
+        full = list(operands)
+        for i, x in zip(moving, moved, strict=True):
+            full[i] = x
+        return jax.tree.leaves(program.plain(lanes, *_unpacked(program, lanes, full, levels)))
+
+    tangents = args[len(args) - len(moving) :]
+    _, dots = jax.jvp(results, [operands[i] for i in moving], list(tangents))
+    timed = program.timed(perturbed)
+    pairs = zip(jax.tree.leaves(program.results), dots, strict=True)
+    return [shape.reshape(dot, sizes) for shape, dot in pairs if _moves(shape, timed)]
+
+
+def _refuse(*args, **params):
     del args, params
     raise NotImplementedError(
-        "This adjoint supports reverse mode only (`jax.grad`, `jax.vjp`). For forward mode "
-        "(`jax.jvp`, `jax.jacfwd`) use `adjoint=diffrax.ForwardMode()`, for both, or for second "
-        "derivatives, `adjoint=diffrax.DirectAdjoint()`."
+        "Reverse mode of a derivative of this adjoint (`jax.grad` of `jax.grad`, or of `jax.jvp`) is not "
+        "supported. Use forward mode of the gradient (`jax.jvp(jax.grad(f), ...)` for Hessian-vector "
+        "products, `jax.jacfwd(jax.grad(f))` for the Hessian), or `adjoint=diffrax.DirectAdjoint()`."
     )
+
+
+def _forwards(run, primals, tangents, **params):
+    """The derivative of a primitive as JAX finds it in what it runs. For forward mode alone."""
+    moving = [i for i, t in enumerate(tangents) if not _is_zero(t)]
+
+    def results(*moved):
+        full = list(primals)
+        for i, x in zip(moving, moved, strict=True):
+            full[i] = x
+        return run(*full, **params)
+
+    dots = [ad.instantiate_zeros(tangents[i]) for i in moving]
+    out, moved = jax.jvp(results, [primals[i] for i in moving], dots)
+    zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
+    inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    pairs = zip(out, moved, strict=True)
+    return out, [forwards_p.bind(t) if inexact(x) else zero(x) for x, t in pairs]
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -134,8 +227,9 @@ def _solve_avals(*operands, program: Program, sizes, levels, record):
 
 
 def _tangent_avals(*args, program: Program, sizes, **params):
-    del args, params
-    return [shape.aval(sizes) for shape in _differentiable(program)]
+    del args
+    timed = program.timed(params["perturbed"])
+    return [shape.aval(sizes) for shape in _differentiable(program, timed)]
 
 
 def _pullback_avals(*args, program: Program, sizes, levels, outer, perturbed, given):
@@ -148,8 +242,13 @@ def _pullback_avals(*args, program: Program, sizes, levels, outer, perturbed, gi
     return avals
 
 
-def _differentiable(program: Program) -> list[LaneShape]:
-    return [shape for shape in jax.tree.leaves(program.results) if shape.differentiable]
+def _moves(shape: LaneShape, timed: set[int]) -> bool:
+    """Whether a result has a derivative, given the operands that move times."""
+    return shape.differentiable or (shape.timed and bool(timed))
+
+
+def _differentiable(program: Program, timed: set[int]) -> list[LaneShape]:
+    return [shape for shape in jax.tree.leaves(program.results) if _moves(shape, timed)]
 
 
 # --- differentiation -----------------------------------------------------------------------------
@@ -161,9 +260,10 @@ def _is_zero(x) -> bool:
 
 def _solve_jvp(primals, tangents, *, program: Program, sizes, levels, record):
     perturbed = tuple(not _is_zero(t) for t in tangents)
-    if record:
-        _run_tangent()  # a derivative of a derivative
-    program.check_perturbed(perturbed)
+    if record:  # of a gradient
+        params = dict(program=program, sizes=sizes, levels=levels, record=True)
+        return _forwards(_run_solve, primals, tangents, **params)
+    timed = program.timed(perturbed)
     params = dict(program=program, sizes=sizes, levels=levels)
     out = solve_p.bind(*primals, **params, record=True)
     shapes = jax.tree.leaves(program.results)
@@ -173,13 +273,13 @@ def _solve_jvp(primals, tangents, *, program: Program, sizes, levels, record):
     moved = iter(moved)
     still = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
     pairs = zip(results, shapes, strict=True)
-    return results, [next(moved) if shape.differentiable else still(x) for x, shape in pairs]
+    return results, [next(moved) if _moves(shape, timed) else still(x) for x, shape in pairs]
 
 
 def _tangent_transpose(cts, *args, program: Program, perturbed, **params):
     fixed = args[: len(args) - sum(perturbed)]
     if any(ad.is_undefined_primal(x) for x in fixed):
-        _run_tangent()
+        _refuse()
     given = tuple(not _is_zero(ct) for ct in cts)
     shown = [ct for ct in cts if not _is_zero(ct)]
     if shown:
@@ -248,7 +348,8 @@ def _pullback_batch(args, dims, *, program: Program, sizes, levels, outer, pertu
         one = [jax.ShapeDtypeStruct(shape(x, d), x.dtype) for x, d in pairs]
         return _no_lanes(_pullback_avals(*one, sizes=sizes, levels=levels, outer=outer, **params))
     operands, levels = _new_level(args[:n], dims[:n], levels)
-    shown = [s for s, g in zip(_differentiable(program), given, strict=True) if g]
+    moving = _differentiable(program, program.timed(perturbed))
+    shown = [s for s, g in zip(moving, given, strict=True) if g]
     rest = _repeated(args[n:], dims[n:], residuals + shown, size)
     params |= dict(sizes=(size, *sizes), levels=levels, outer=outer + 1)
     out = pullback_p.bind(*operands, *rest, **params)
@@ -257,14 +358,20 @@ def _pullback_batch(args, dims, *, program: Program, sizes, levels, outer, pertu
 
 def _tangent_batch(args, dims, *, program: Program, sizes, levels, outer, perturbed):
     n, size = len(levels), _mapped_size(args, dims)
+    if all(d is None for d in dims[: len(args) - sum(perturbed)]):  # many tangents (`jax.jacfwd`)
+        params = dict(program=program, sizes=sizes, levels=levels, perturbed=perturbed)
+        run = ft.partial(_run_tangent, outer=outer, **params)
+        out = jax.vmap(run, in_axes=tuple(dims))(*args)
+        return [forwards_p.bind(x) for x in out], [0] * len(out)
     if size == 0:
-        return _no_lanes(_tangent_avals(program=program, sizes=sizes))
+        return _no_lanes(_tangent_avals(program=program, sizes=sizes, perturbed=perturbed))
     operands, new_levels = _new_level(args[:n], dims[:n], levels)
     tangents = [LaneShape((), None)] * sum(perturbed)
     rest = _repeated(args[n:], dims[n:], jax.tree.leaves(program.residuals) + tangents, size)
     params = dict(program=program, sizes=(size, *sizes), levels=new_levels, perturbed=perturbed)
     out = tangent_p.bind(*operands, *rest, **params, outer=outer + 1)
-    return out, [shape.axis for shape in _differentiable(program)]
+    moving = _differentiable(program, program.timed(perturbed))
+    return out, [shape.axis for shape in moving]
 
 
 def _primitive(name: str, run, avals, batch) -> Any:
@@ -287,16 +394,20 @@ def _largest_batch(args, dims):
     return largest_p.bind(jnp.max(x, axis=d, initial=0)), None
 
 
-def _no_second_derivative(primals, tangents, **params):
-    _run_tangent()
-
-
 solve_p = _primitive("nde_solve", _run_solve, _solve_avals, _solve_batch)
 tangent_p = _primitive("nde_tangent", _run_tangent, _tangent_avals, _tangent_batch)
 pullback_p = _primitive("nde_pullback", _run_pullback, _pullback_avals, _pullback_batch)
 ad.primitive_jvps[solve_p] = _solve_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
-ad.primitive_jvps[pullback_p] = _no_second_derivative
+ad.primitive_jvps[tangent_p] = ft.partial(_forwards, _run_tangent)
+ad.primitive_jvps[pullback_p] = ft.partial(_forwards, _run_pullback)
+
+forwards_p = Primitive("nde_forwards")  # a tangent that has no transpose
+forwards_p.def_impl(lambda x: x)
+forwards_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(forwards_p, lambda ctx, x: [x])
+ad.deflinear2(forwards_p, _refuse)
+batching.defvectorized(forwards_p)
 
 largest_p = Primitive("nde_largest")
 largest_p.def_impl(lambda x: x)
