@@ -6,6 +6,7 @@ run time if `throw=True`, else a result code in that lane; either way the lane t
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
@@ -61,6 +62,17 @@ def check_noise(
         )
 
 
+def check_mesh(y0: PyTree[Array], args: Any) -> None:
+    """The loops do not say which of their arrays differ between devices."""
+    for x in jax.tree.leaves((y0, args)):
+        if getattr(jax.typeof(x) if eqx.is_array(x) else None, "vma", frozenset()):
+            raise ValueError(
+                "A solve of `nde` stands in `jax.shard_map` with `check_vma=True`, which its loops cannot "
+                "answer. Pass `jax.shard_map(..., check_vma=False)`, or use "
+                "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+            )
+
+
 def check_fields(
     solver: diffrax.AbstractSolver,
     terms: PyTree[diffrax.AbstractTerm],
@@ -68,8 +80,9 @@ def check_fields(
     t1: Array,
     y0: PyTree[Array],
     args: Any,
-) -> None:
-    """What the terms give for a state: rates of its shape, floating, and real where it is real."""
+) -> set[str]:
+    """What the terms give for a state: rates of its shape, floating, and real where it is real. Returns
+    the names of what they do besides."""
     for _ in range(riding(terms)):
         terms, y0 = without_integral(terms), y0[0]
     if isinstance(terms, diffrax.MultiTerm):
@@ -78,24 +91,35 @@ def check_fields(
         parts = zip(terms, y0, y0[::-1], strict=True)  # each half moves by the other
     else:
         parts = [(terms, y0, y0)]
+    effects: set[str] = set()
     for part, moved, by in parts:
         term = getattr(part, "term", None)  # diffrax wraps what it was given
         if isinstance(term, diffrax.ODETerm):
-            check_rates(eqx.filter_eval_shape(term.vector_field, t0, by, args), moved)
+            rates, found = _traced(term.vector_field, t0, by, args)
+            check_rates(rates, moved)
+            effects |= found
         elif isinstance(term, diffrax.ControlTerm):
-            _check_products(term, t0, t1, moved, by, args)
+            effects |= _check_products(term, t0, t1, moved, by, args)
+    return effects
 
 
-def _check_products(term: diffrax.ControlTerm, t0, t1, moved, by, args) -> None:
+def _traced(fn: Callable[..., Any], *args: Any) -> tuple[Any, set[str]]:
+    """The shapes of what a function returns, and the names of its effects."""
+    jaxpr, shapes, static = eqx.filter_make_jaxpr(fn)(*args)
+    return eqx.combine(shapes, static), {type(effect).__name__ for effect in jaxpr.effects}
+
+
+def _check_products(term: diffrax.ControlTerm, t0, t1, moved, by, args) -> set[str]:
     """The products of a vector field, or of a diffusion, with the increment of its control."""
     control: Any = term.control
     is_noise = isinstance(term.control, diffrax.AbstractBrownianPath)
     increment: Any = control.shape if is_noise else eqx.filter_eval_shape(term.contr, t0, t1)
-    field = eqx.filter_eval_shape(term.vf, t0, by, args)
+    field, effects = _traced(term.vf, t0, by, args)
     with jax.numpy_dtype_promotion("standard"):
         products = eqx.filter_eval_shape(term.prod, field, increment)
     for rate, state in zip(jax.tree.leaves(products), jax.tree.leaves(moved), strict=True):
         check_rate_type("The vector field times its control", rate.dtype, state.dtype)
+    return effects
 
 
 class _Fault(NamedTuple):

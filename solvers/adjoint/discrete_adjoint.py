@@ -5,8 +5,9 @@ through just these steps, backwards:
 
     ct_n = (d step / d y)^T ct_{n+1},      ct_p += (d step / d p)^T ct_{n+1},
 
-with the cotangents of saved outputs added where they were saved. The step sizes carry no gradient, and
-rejected steps do not take part. The states y_n come from the tape (`tape`) or from a replay (`backward`).
+with the cotangents of saved outputs added where they were saved. The step sizes carry no gradient of the
+solution, and rejected steps do not take part. The states y_n come from the tape (`tape`) or from a replay
+(`backward`).
 
 Cost:       one gradient is 2 F + 1 B per step up to S = `checkpoints` accepted steps; with up to m times as
             many, m = 2, 4, .., S / 2, all but every m-th step are replayed, 1 - 1/m F more per step, and
@@ -41,11 +42,16 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
 
     Use it as `diffrax.diffeqsolve(..., adjoint=DiscreteAdjoint())`. Any diffrax solver, controller and
     `SaveAt` works, under `jax.jit`, `jax.vmap`, `jax.grad` and each other's composition. A solve with an
-    `event`, `SaveAt(dense=True)` or a progress meter is handed to diffrax's own default adjoint. Not
-    supported: a vector field with a collective over the lanes (`jax.lax.pmean` and `vmap(axis_name=...)`).
+    `event`, `SaveAt(dense=True)`, a progress meter, an ordered callback or a collective over a mapped axis
+    (`jax.lax.pmean`) in the vector field is handed to diffrax's own default adjoint. Under `jax.shard_map`
+    pass `check_vma=False`.
 
-    `t0`, `t1`, `dt0`, `ts` and the step size controller carry no gradient; asking for one is an error
-    (an array that the field reads too is differentiated through the field alone).
+    Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) is one more pass over the steps, and so is
+    forward mode of a gradient (Hessian-vector products, `jax.hessian`). `t0`, `t1`, `dt0`, `ts`, and times
+    that the controller steps or jumps to, are differentiated as the steps depend on them; in reverse mode
+    that costs one pass for each such number. How long an adaptive step is carries no derivative of the
+    solution, as in diffrax, and tolerances have none. States may be complex.
+
     A trajectory that failed (`sol.result`) has gradient zero, and does not disturb the others.
     `sol.stats` also holds `nfe`, the number of vector-field evaluations of the trajectory, unless the
     solve is handed over.
@@ -57,9 +63,9 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
             numbers; None: none, at no cost.
 
     Raises:
-        ValueError: for `max_steps=None`, complex states, tolerances that cannot be met, a vector field
-            of the wrong shape, and derivatives with respect to times.
-        NotImplementedError: for forward mode and second derivatives.
+        ValueError: for `max_steps=None`, tolerances that cannot be met or are differentiated, a vector
+            field of the wrong shape, and `jax.shard_map` with `check_vma=True`.
+        NotImplementedError: for reverse mode of a derivative (`jax.grad` of `jax.grad`).
         RuntimeError: at run time with `throw=True`, for times or states that are not finite, and for a
             solve that fails.
     """
@@ -72,8 +78,8 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
 
     def loop(self, **options: Any) -> tuple[Any, dict[str, Array]]:
         """Called by `diffrax.diffeqsolve`."""
-        loop.check(options)
-        lacking = loop.lacking(options)
+        effects = loop.check(options)
+        lacking = loop.lacking(options, effects)
         if lacking is not None and self.estimates is not None:
             raise ValueError(
                 f"`DiscreteAdjoint(estimates=...)` does not support {lacking}. Wrap the solver in "

@@ -89,6 +89,7 @@ def trace_reversal(
         return StepInput(terms, when.t0, when.t1, args, when.control, jump)
 
     def control(t0: Array, t1: Array, increments: PyTree[Array]):
+        assert traced.knowing is not None
         return StepInput.over(traced.knowing(increments).terms, t0, t1, args).control
 
     def retreat(

@@ -78,8 +78,9 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
 
     Raises:
         TypeError: for a solver that cannot be undone.
-        ValueError: for `event`, `SaveAt(dense=True)`, a progress meter, and as `DiscreteAdjoint`.
-        NotImplementedError: for forward mode and second derivatives.
+        ValueError: for `event`, `SaveAt(dense=True)`, a progress meter, ordered callbacks and collectives,
+            and as `DiscreteAdjoint`.
+        NotImplementedError: for reverse mode of a derivative.
         RuntimeError: as `DiscreteAdjoint`.
     """
 
@@ -101,8 +102,8 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
                 "StormerVerlet(), Yoshida4(), or Reversible(diffrax.Tsit5()) for any explicit "
                 "Runge-Kutta method; or use `adjoint=DiscreteAdjoint()`."
             )
-        loop.check(options)
-        lacking = loop.lacking(options)
+        effects = loop.check(options)
+        lacking = loop.lacking(options, effects)
         if lacking is not None:
             raise ValueError(
                 f"`ReversibleAdjoint` does not support {lacking}. Use `adjoint=DiscreteAdjoint()`."

@@ -34,7 +34,8 @@ class AbstractSolve(abc.ABC):
     examine: Callable[[LaneFunctions, Start, ForwardCarry], dict[str, Array]] | None = None
 
     def __init__(self, traced: Traced, start: Start, max_steps: int):
-        self.traced, self.max_steps = traced, max_steps
+        # A program outlives the trace that it is made in: it keeps no array.
+        self.traced, self.max_steps = traced.bare(), max_steps
         self.consts, self.args = len(traced.pool.consts), jax.tree.structure(start)
         self._steps, self._times = traced.differentiable(), set(traced.tick.uses)
         lanes = Lanes((), ((),) * self.consts)
@@ -69,9 +70,9 @@ class AbstractSolve(abc.ABC):
     ) -> BackwardCarry:
         """The backward loop. `wanted`: zeros to add the cotangents of constants to."""
 
-    def solve(self, start: Start) -> ForwardCarry:
+    def solve(self, consts: list[Array], start: Start) -> ForwardCarry:
         """Runs the forward loop from `start`, in one lane; `vmap` and `grad` follow `lanes`."""
-        return primitives.solve(self, self.traced.pool.consts, start)
+        return primitives.solve(self, consts, start)
 
     def timed(self, perturbed: tuple[bool, ...]) -> set[int]:
         """Which of the operands that are perturbed move times."""

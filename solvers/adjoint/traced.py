@@ -5,6 +5,7 @@ functions of one lane (`closures`) and a record of arrays to start from, and not
 `forward` and `backward` know no diffrax.
 """
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Traced:
     """The closed functions of a solve, and what is known about it before any number is."""
 
     pool: Pool
-    stepper: AbstractStepper  # for tracing, and for what is known of it beforehand
+    stepper: AbstractStepper | None  # for tracing, and for what is known of it beforehand
     memory: ClosedFunction | None  # t -> memory of the noise; None where no path remembers
     draw: ClosedFunction | None  # (t0, t1, memory) -> (increments, memory)
     attempt: ClosedFunction  # (y, state, cache, made_jump, tprev, tnext, t1, floor, controller) -> Outcome
@@ -98,12 +99,16 @@ class Traced:
     jumps: bool  # the field may jump between steps
     hands_over: bool  # the cache is part of the solution, and differentiated
     increments: PyTree[jax.ShapeDtypeStruct]  # of the remembering paths over one step
-    knowing: Callable[[PyTree], AbstractStepper]  # the stepper, told those; for tracing only
+    knowing: Callable[[PyTree], AbstractStepper] | None  # the stepper, told those; for tracing only
     judged: Judged | None  # the dtypes of a step's estimates, if there are any
 
     def inner(self, state: PyTree[Array], cache: PyTree[Array]) -> PyTree[Array]:
         """What `advance` needs besides y, of what travels from step to step."""
         return (state, cache) if self.hands_over else state
+
+    def bare(self) -> "Traced":
+        """What the loops need: no arrays."""
+        return dataclasses.replace(self, pool=Pool(), stepper=None, knowing=None)
 
     def differentiable(self) -> set[int]:
         """The constants that the solution depends on, and not only its steps."""

@@ -138,9 +138,3 @@ def test_a_distance_below_one_is_refused(every):
         ValueError, match=r"`checkpoint_every` is .*; it must be an integer >= 1, or None"
     ):
         ReversibleAdjoint(every)
-
-
-def test_forward_mode_is_refused():
-    run = lambda y: solve(y, solver=ReversibleHeun(), adjoint=ReversibleAdjoint()).ys
-    with pytest.raises(NotImplementedError, match="reverse mode only"):
-        jax.jvp(run, (Y0,), (Y0,))
