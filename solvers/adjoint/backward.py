@@ -16,6 +16,8 @@ step, with cotangent zero. (Not just any state with any step: zero times what ov
 that failed waits all the time, at the first step of its donor (`donors`): no step is its own.
 """
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,38 +64,16 @@ class BackwardCarry(NamedTuple):
     clock: Rows | None = None  # the times of steps, where only they are kept
 
 
-def run_backward(
-    functions: LaneFunctions,
-    start: Start,
-    trail: Trail,
-    cotangents: Cotangents,
-    wanted: dict[int, Array],
-    plan: Plan,
-) -> BackwardCarry:
-    """Pulls cotangents back to the initial value and to the constants in `wanted` (zeros to add to).
-
-    `plan`: which rows the forward loop has kept.
-    """
-    pullback = StepPullback(functions, start, trail, cotangents, wanted, plan)
-    ct, most = pullback.final(cotangents), jnp.max(trail.steps)
-    places, rows = places_of(most, plan), trail.tape.rows
-    zero = jnp.zeros_like(most)
-    if not functions.traced.hands_over:
-        return steps_back(pullback, zero, most, rows, places, ct)[0]
-    # Nothing depends on the last cache.
-    cache = trees.zeros_like(pullback.first.inner[1])
-    ct = ct._replace(inner=(ct.inner, cache))
-    ct = steps_back(pullback, zero, most, rows, places, ct)[0]
-    # Where no lane took a step there is none to copy, and the field may be undefined.
-    none = lambda: ct._replace(inner=ct.inner[0])
-    return jax.lax.cond(jnp.any(trail.steps > 0), lambda: pullback.first_cache(ct), none)
-
-
 def places_of(most: Array, plan: Plan) -> Places:
     """Where rows stand behind `most` steps of which the slots hold some."""
     keep, ladder = plan.rows, plan.ladder
     assert keep is not None
     return _places(most, keep, ladder)
+
+
+def kept_mask(most: Array, keep: tapes.Doubling) -> Array:
+    """The bits of k that are zero where row k is kept, behind `most` steps."""
+    return jnp.left_shift(1, tapes.doublings(most, keep.slots)) - 1
 
 
 def clock_places(most: Array, plan: Plan) -> Places:
@@ -209,6 +189,40 @@ class StepPullback:
         self.memory = self.functions.memory(self.first.t0)
         self.t1 = self.donors.copied(start.t1)
         self.floor = end_floor(self.t1)
+        self.of: Array | None = None  # whose rows a lane reads, if these are not its own
+
+    def along(self, count: int) -> "StepPullback":
+        """The same for `count` steps of every lane at once, each a lane of its own."""
+        chunk, lanes = copy.copy(self), self.lanes.along(count)
+        outer = math.prod(self.lanes.sizes[: self.lanes.outer])
+
+        def repeated(x: Array) -> Array:
+            x = x.reshape(outer, 1, self.lanes.count // outer, *x.shape[1:])
+            x = jnp.broadcast_to(x, (outer, count, *x.shape[2:]))
+            return x.reshape(lanes.count, *x.shape[3:])
+
+        chunk.lanes, chunk.functions = lanes, self.functions._replace(lanes=lanes)
+        chunk.of = repeated(jnp.arange(self.lanes.count, dtype=jnp.int32))
+        several = (self.steps, self.first, self.ts_index)
+        chunk.steps, chunk.first, chunk.ts_index = jax.tree.map(repeated, several)
+        return chunk
+
+    def read(self, rows: PyTree[Array], index: Array) -> PyTree[Array]:
+        """A row of every lane."""
+        if self.of is None:
+            return tapes.get(rows, index)
+        take = lambda x: x.at[index, self.of].get(mode="promise_in_bounds")
+        return jax.tree.map(take, rows)
+
+    def reached(self, t1: Array) -> tuple[Array, ...]:
+        """How many save times, per `SubSaveAt`, lie before the end of the step."""
+        assert self.of is not None
+        out = []
+        for ts, most in zip(self.ts, self.ts_index, strict=True):
+            before = jax.vmap(lambda ts, t: jnp.searchsorted(ts, t, side="right"))
+            count = before(ts.T[self.of], t1).astype(most.dtype) if ts.shape[0] else most
+            out.append(jnp.minimum(count, most))
+        return tuple(out)
 
     def _first(self, trail: Trail) -> Row:
         """The first step that was accepted."""
@@ -327,11 +341,22 @@ class StepPullback:
     def step(self, k: Array, loaded: Row, ct: BackwardCarry) -> BackwardCarry:
         """From the cotangents behind step k to those before it."""
         active = k < self.steps
-        y, inner, t0, t1, jump = loaded.y, loaded.inner, loaded.t0, loaded.t1, jumped(loaded)
-        moving, fixed = eqx.partition(inner, eqx.is_inexact_array)
-        increments, memory = self.functions.draw(t0, t1, ct.memory)
+        increments, memory = self.functions.draw(loaded.t0, loaded.t1, ct.memory)
         ct = ct._replace(memory=memory)
-        ct, ct_dense = self._outputs(k, active, loaded, increments, ct)
+        ct, ct_dense = self.outputs(k, active, loaded, increments, ct)
+        advance, x, aux = self.differentiated(loaded, increments)
+        behind = masked(active, (ct.y, ct.inner))
+        ct_judged = None if self.judged is None else masked(active, self.read(self.judged, k))
+        ct_out = (*behind, ct_dense, ct_judged)
+        uses = self.traced.advance.uses
+        _, ct_consts, ct_x = self.transpose(advance, uses, x, aux, ct_out)
+        y, inner = trees.where(active, ct_x, (ct.y, ct.inner))
+        return ct._replace(y=y, inner=inner, consts=added(ct.consts, ct_consts))
+
+    def differentiated(self, loaded: Row, increments: PyTree[Array]):
+        """A step as a function of one lane, `fn(consts, x, aux)`; and where it is to be differentiated,
+        x, with what is given besides."""
+        moving, fixed = eqx.partition(loaded.inner, eqx.is_inexact_array)
 
         def advance(consts: list[Array], x: Array, aux: PyTree[Array]):
             (y, moving), (fixed, *rest) = x, aux
@@ -339,14 +364,8 @@ class StepPullback:
             y1, inner, dense, judged = out
             return y1, _inexact(inner), dense, _asked(judged, self.judged)
 
-        behind = masked(active, (ct.y, ct.inner))
-        aux = (fixed, t0, t1, jump, increments)
-        ct_judged = None if self.judged is None else masked(active, tapes.get(self.judged, k))
-        ct_out = (*behind, ct_dense, ct_judged)
-        uses = self.traced.advance.uses
-        _, ct_consts, ct_x = self.transpose(advance, uses, (y, moving), aux, ct_out)
-        y, inner = trees.where(active, ct_x, (ct.y, ct.inner))
-        return ct._replace(y=y, inner=inner, consts=added(ct.consts, ct_consts))
+        aux = (fixed, loaded.t0, loaded.t1, jumped(loaded), increments)
+        return advance, (loaded.y, moving), aux
 
     def first_cache(self, ct: BackwardCarry) -> BackwardCarry:
         """From the cotangents of the first cache to those of what it was evaluated from."""
@@ -394,7 +413,7 @@ class StepPullback:
         """With zeros for the wanted constants that are missing."""
         return {i: ct_consts.get(i, jnp.zeros_like(x)) for i, x in self.wanted.items()}
 
-    def _outputs(self, k, active, loaded: Row, increments, ct: BackwardCarry):
+    def outputs(self, k, active, loaded: Row, increments, ct: BackwardCarry):
         """Adds the cotangents of what was saved in step k, and returns those of its dense output."""
         if all(save.at_time is None and save.at_step is None for save in self.traced.saves):
             return ct, None
@@ -428,7 +447,7 @@ class StepPullback:
         """Adds the cotangents of the j-th kind of output, where the end of step k was saved."""
         due = active & ((k + 1) % save.every == 0)
         row = jnp.where(due, save.output_row(ct.ts_index[j], k + 1) - 1, 0)
-        ct_out = tapes.get(self.saved[j], row)
+        ct_out = self.read(self.saved[j], row)
         at_step = lambda consts, y, t: _inexact(fn(consts, t, y))
 
         def pulled() -> BackwardCarry:
@@ -448,7 +467,7 @@ class StepPullback:
             return _inexact(fn(consts, t0, t1, dense, t))
 
         def last_time(index: Array):
-            t = tapes.get(self.ts[j], jnp.maximum(index - 1, 0))
+            t = self.read(self.ts[j], jnp.maximum(index - 1, 0))
             return t, active & (index > 0) & (t > before)
 
         def cond(carry: Any):
@@ -458,7 +477,7 @@ class StepPullback:
             index, ct_dense, ct_all = carry
             t, due = last_time(index)
             row = jnp.where(due, save.output_row(index - 1, jnp.broadcast_to(k, due.shape)), 0)
-            ct_out, aux = tapes.get(self.saved[j], row), (t0, t1, jnp.where(due, t, t1))
+            ct_out, aux = self.read(self.saved[j], row), (t0, t1, jnp.where(due, t, t1))
             ct_consts, ct_here = self._output(at_time, save, fn.uses, due, dense, aux, ct_out)
             ct_dense = trees.add(ct_dense, ct_here)
             return index - due.astype(jnp.int32), ct_dense, added(ct_all, ct_consts)

@@ -23,10 +23,20 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
+from nde.solvers import trees
 from nde.solvers.adjoint import loop
-from nde.solvers.adjoint.backward import BackwardCarry, Cotangents, run_backward
+from nde.solvers.adjoint.backward import (
+    BackwardCarry,
+    Cotangents,
+    StepPullback,
+    places_of,
+    steps_back,
+)
+from nde.solvers.adjoint.parallel import chunk_length, fits, pays, steps_back_at_once
 from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import stepper_for
 from nde.solvers.adjoint.tape import Doubling, Plan, Trail, keeping, power
@@ -61,6 +71,8 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
             Rounded up to a power of two.
         estimates: Which error and stiffness estimates to put into `sol.stats`, as differentiable
             numbers; None: none, at no cost.
+        parallel: Whether the backward pass takes up to 64 steps at once (`parallel.py`), if the state is
+            one vector of real numbers; None: where that is faster, for few trajectories of few equations.
 
     Raises:
         ValueError: for `max_steps=None`, tolerances that cannot be met or are differentiated, a vector
@@ -72,6 +84,7 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
 
     checkpoints: int = eqx.field(default=256, static=True)
     estimates: Estimates | None = eqx.field(default=None, static=True)
+    parallel: bool | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         check_count("checkpoints", self.checkpoints)
@@ -91,7 +104,7 @@ class DiscreteAdjoint(diffrax.AbstractAdjoint):
         problem = [options[name] for name in ("terms", "args", "t0", "t1")]
         stepper = stepper_for(solver, *problem, y0=options["init_state"].y)
         make = lambda traced, start: _StoredSolve(
-            traced, start, options["max_steps"], self.checkpoints
+            traced, start, options["max_steps"], self.checkpoints, self.parallel
         )
         final, stats, _ = loop.solve_with("DiscreteAdjoint", options, stepper, make, self.estimates)
         return final, stats
@@ -101,7 +114,15 @@ class _StoredSolve(AbstractSolve):
     adjoint = "DiscreteAdjoint"
     keeps_end = False
 
-    def __init__(self, traced: Traced, start: Start, max_steps: int, checkpoints: int):
+    def __init__(
+        self,
+        traced: Traced,
+        start: Start,
+        max_steps: int,
+        checkpoints: int,
+        parallel: bool | None,
+    ):
+        self._parallel = parallel
         rows, ladder = keeping(checkpoints, max_steps)
         knots = None
         if ladder.most and not traced.uniform:
@@ -120,4 +141,31 @@ class _StoredSolve(AbstractSolve):
         cts: Cotangents,
         wanted: dict[int, Array],
     ) -> BackwardCarry:
-        return run_backward(functions, start, trail, cts, wanted, self._plan)
+        pullback = StepPullback(functions, start, trail, cts, wanted, self._plan)
+        ct, most, first = pullback.final(cts), jnp.max(trail.steps), pullback.first
+        if self.traced.hands_over:  # nothing depends on the last cache
+            ct = ct._replace(inner=(ct.inner, trees.zeros_like(first.inner[1])))
+        ct = self._to_start(pullback, most, trail, ct)
+        if not self.traced.hands_over:
+            return ct
+        # Where no lane took a step there is none to copy, and the field may be undefined.
+        none = lambda: ct._replace(inner=ct.inner[0])
+        return jax.lax.cond(most > 0, lambda: pullback.first_cache(ct), none)
+
+    def _to_start(
+        self, pullback: StepPullback, most: Array, trail: Trail, ct: BackwardCarry
+    ) -> BackwardCarry:
+        """Through all steps: at once where that is faster, else step by step."""
+        rows, keep, lanes = trail.tape.rows, self._plan.rows, pullback.lanes.count
+        assert rows is not None and keep is not None
+        x = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (ct.y, ct.inner)
+        )
+        parallel = self._parallel
+        if parallel is None:
+            parallel = pays(self.traced, x, lanes)
+        if parallel and fits(x):
+            length = chunk_length(self.traced, x, lanes, keep.slots)
+            return steps_back_at_once(pullback, most, rows, ct, length)
+        places = places_of(most, self._plan)
+        return steps_back(pullback, jnp.zeros_like(most), most, rows, places, ct)[0]

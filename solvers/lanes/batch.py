@@ -79,6 +79,12 @@ class Lanes(NamedTuple):
         """The number of trajectories."""
         return math.prod(self.sizes)
 
+    def along(self, count: int) -> "Lanes":
+        """With one inner level more, of `count`, on which no constant differs."""
+        insert = lambda t, new: (*t[: self.outer], new, *t[self.outer :])
+        levels = tuple(insert(has, False) for has in self.levels)
+        return Lanes(insert(self.sizes, count), levels, self.outer)
+
     def spread(self, x: Array, levels: Levels) -> Array:
         """An array with one flat lane axis in front, repeated over the levels it lacks."""
         shape = x.shape[sum(levels) :]
