@@ -2,9 +2,9 @@
 
     python benchmarks/small.py --out benchmarks/results/small.json
 
-What hybrid modellers fit all day: one trajectory of a mechanistic model (Lotka-Volterra; a chain of reactions
-with 8 and 20 species), 21 outputs or the end, squared error, gradient with respect to all parameters,
-float64. Constant steps, and adaptive ones.
+What hybrid modellers fit all day: one trajectory of a mechanistic model (Lotka-Volterra; a chain of
+reactions with 8 and 20 species), 21 outputs or the end, squared error, gradient with respect to all
+parameters, float64. Constant steps, and adaptive ones.
 """
 
 import argparse
