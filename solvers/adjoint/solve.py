@@ -37,7 +37,7 @@ class AbstractSolve(abc.ABC):
         # A program outlives the trace that it is made in: it keeps no array.
         self.traced, self.max_steps = traced.bare(), max_steps
         self.consts, self.args = len(traced.pool.consts), jax.tree.structure(start)
-        self._steps, self._times = traced.differentiable(), set(traced.tick.uses)
+        self._times = traced.tick.needs
         lanes = Lanes((), ((),) * self.consts)
 
         def begun(consts: list[Array], start: Start) -> tuple[ForwardCarry, Trail | None]:
@@ -78,9 +78,7 @@ class AbstractSolve(abc.ABC):
         """Which of the operands that are perturbed move times."""
         start = jax.tree.unflatten(self.args, range(len(perturbed) - self.consts))
         still = {self.consts + i for i in jax.tree.leaves((start.y, start.state))}
-        for i in range(self.consts):
-            if i in self._steps and i not in self._times:
-                still.add(i)
+        still |= set(range(self.consts)) - self._times
         return {i for i, p in enumerate(perturbed) if p and i not in still}
 
     def plain(self, lanes: Lanes, consts: list[Array], args: Start) -> ForwardCarry:

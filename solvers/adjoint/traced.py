@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,13 +109,6 @@ class Traced:
         """What the loops need: no arrays."""
         return dataclasses.replace(self, pool=Pool(), stepper=None, knowing=None)
 
-    def differentiable(self) -> set[int]:
-        """The constants that the solution depends on, and not only its steps."""
-        functions = [self.advance, self.cache]
-        for save in self.saves:
-            functions += [f for f in (save.at_time, save.at_step) if f is not None]
-        return {i for f in functions for i in f.uses}
-
 
 class LaneFunctions(NamedTuple):
     """The functions of a traced solve in all lanes: arguments have a lane axis in front."""
@@ -161,10 +153,9 @@ class _Steps:
         """What the controller says of a step from y to y1, and where the next one is to end."""
         order: Any = self.stepper.solver.error_order(self.stepper.terms)
         # Steps follow the solution, but their lengths carry no derivative of it.
-        seen = jax.tree.map(_stopped, (y, y1, self.stepper.args, y_error))
-        y, y1, args, y_error = seen
+        y, y1, y_error = jax.tree.map(jax.lax.stop_gradient, (y, y1, y_error))
         accept, t, t_end, jumped, controller_state, result = self.controller.adapt_step_size(
-            tprev, tnext, y, y1, args, y_error, order, controller_state
+            tprev, tnext, y, y1, self.stepper.args, y_error, order, controller_state
         )
         t = jnp.minimum(t, t1)
         t_end = _clip_to_end(t, jnp.asarray(t_end), t1, floor, accept)
@@ -284,7 +275,8 @@ def trace(
     attempt = pool.convert(steps.attempt, *at, increments)
     inner = (start.state, cache.out) if hands_over else start.state
     advance = pool.convert(steps.advance, start.y, inner, tprev, tnext, start.made_jump, increments)
-    tick = pool.convert(ft.partial(steps.tick, start.y), *times, start.controller_state)
+    tick = ft.partial(steps.tick, jax.tree.map(jnp.zeros_like, start.y))  # any state
+    tick = pool.convert(tick, *times, start.controller_state)
     *_, info, judged = advance.out
     saves = tuple(_trace_save(pool, stepper, sub, saved, start, info) for sub, saved in subs)
     return Traced(
@@ -401,10 +393,6 @@ def _guarded(y0, y1, y_error, finite):
     finite &= all_finite(y_error)
     guess = jax.tree.map(lambda a, b: jnp.where(finite, a, b), y1, y0)
     return guess, jax.tree.map(lambda e: jnp.where(finite, e, np.inf), y_error)
-
-
-def _stopped(x: Any) -> Any:
-    return jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
 
 
 def end_floor(t1: Array) -> Array:

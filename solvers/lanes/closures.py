@@ -51,6 +51,14 @@ class ClosedFunction(NamedTuple):
         return {i for i, x in enumerate(self.jaxpr.invars) if x in used}
 
     @property
+    def needs(self) -> set[int]:
+        """Which arrays of the pool its value depends on: not those that it only touches."""
+        used = {x for eqn in needed_eqns(self.jaxpr) for x in inputs(eqn)}
+        used |= {x for x in self.jaxpr.outvars if not is_literal(x)}
+        pairs = zip(self.uses, self.jaxpr.constvars, strict=True)
+        return {i for i, x in pairs if x in used}
+
+    @property
     def computes(self) -> bool:
         """Whether anything is computed from the arguments or the pool, and not only handed on."""
         given = {*self.jaxpr.invars, *self.jaxpr.constvars}

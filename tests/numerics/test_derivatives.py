@@ -11,6 +11,7 @@ from oracles import CONSTANT, relative, weigh
 from sweeps import sweep
 
 from nde.solvers import DiscreteAdjoint, ReversibleAdjoint, ReversibleHeun
+from nde.solvers.lanes import primitives
 
 DIRECT = dfx.DirectAdjoint()
 PID = dfx.PIDController(rtol=1e-3, atol=1e-5)
@@ -78,6 +79,18 @@ def test_times(way):
     ours, theirs = both(way, derivatives, A, *lanes)
     assert relative(ours, theirs) < 1e-10
     assert all(jnp.any(x != 0) for x in ours[0])
+
+
+@pytest.mark.parametrize("way", ["explicit", "adaptive"])
+def test_only_what_moves_times_takes_tangents(way, monkeypatch):
+    """One pass for each entry is for few numbers: never for a state or a parameter."""
+    seen = []
+    monkeypatch.setattr(primitives, "_by_tangents", lambda *args: seen.append(args) or 1 / 0)
+    lowered = jax.jit(jax.grad(lambda a, y: weigh(run(WAYS[way][0], way, a, y)), argnums=(0, 1)))
+    lowered.lower(A, Y0)
+    assert not seen
+    with pytest.raises(ZeroDivisionError):
+        jax.jit(jax.grad(lambda t1: weigh(run(WAYS[way][0], way, A, Y0, t1=t1)))).lower(1.0)
 
 
 def test_a_time_of_a_dose():
