@@ -74,12 +74,14 @@ def chunk_length(traced: Traced, x: PyTree[Any], lanes: int, slots: int) -> int:
 
 
 def _work(jaxpr: Any) -> tuple[float, float]:
-    """How many kernels a computation has, and how many numbers they compute; infinitely many in a loop."""
+    """How many kernels a computation has, and how many numbers they compute: infinitely many where it has
+    loops, or effects, which must come step by step."""
     kernels, numbers = 0.0, 0.0
     for eqn in jaxpr.eqns:
         inner = [getattr(p, "jaxpr", p) for p in jax.tree.leaves(tuple(eqn.params.values()))]
         inner = [p for p in inner if hasattr(p, "eqns")]
-        if eqn.primitive.name in ("while", "scan", "cond"):
+        name = eqn.primitive.name
+        if name in ("while", "scan", "cond") or "callback" in name or eqn.effects:
             return 1.0, math.inf
         if inner:
             parts = [_work(p) for p in inner[:1]]  # a custom rule is not run
@@ -87,7 +89,7 @@ def _work(jaxpr: Any) -> tuple[float, float]:
             numbers += sum(n for _, n in parts)
             continue
         each = 1
-        if eqn.primitive.name == "dot_general":
+        if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             each = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
         kernels += 1

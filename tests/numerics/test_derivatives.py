@@ -185,6 +185,11 @@ def test_memory_does_not_depend_on_max_steps(name):
 # --- what is handed over, and what is said -------------------------------------------------------
 
 
+def test_no_tracer_leaks():
+    with jax.checking_leaks():
+        jax.jit(jax.grad(lambda a: jnp.sum(run(DiscreteAdjoint(), "explicit", a, Y0))))(A)
+
+
 def test_a_collective_over_the_lanes():
     """Handed to diffrax's own loop."""
     drift = lambda t, y, args: -(y - jax.lax.pmean(y, "lanes"))
