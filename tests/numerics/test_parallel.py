@@ -63,7 +63,8 @@ def test_gradient_is_that_of_the_steps_one_by_one(case, length, checkpoints, mon
     """Whatever the chunk: all rows kept, stretches within a chunk, and of many chunks."""
     monkeypatch.setattr(parallel, "CHUNK", length)
     got = gradient(case, checkpoints, True)
-    assert relative(got, step_by_step(case)) < 1e-12
+    # An estimate is a small difference of large numbers, and sees the rounding of a replay.
+    assert relative(got, step_by_step(case)) < (1e-12 if CASES[case][-1] is None else 1e-11)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
 
