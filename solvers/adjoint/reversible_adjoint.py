@@ -39,7 +39,7 @@ from nde.solvers import trees
 from nde.solvers.adjoint import loop
 from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.backward import BackwardCarry, Cotangents, jumped
-from nde.solvers.adjoint.forward import ForwardCarry, row_of
+from nde.solvers.adjoint.forward import ForwardCarry, initial_carry, row_of
 from nde.solvers.adjoint.reversal import (
     Times,
     TracedReversal,
@@ -184,7 +184,8 @@ def certificate(
 ) -> tuple[Array, Array]:
     """Drift and split of a solve, by un-stepping it from its end (or from every stored state)."""
     solver, tape, steps = reversal.solver, cast(tapes.Tape, out.tape), out.accepted
-    most, first = jnp.max(steps), row_of(functions, start, plan)
+    begin = initial_carry(functions, start, 0, None)
+    most, first = jnp.max(steps), row_of(functions, begin, plan)
     looked_up = Times(functions, plan, tape, first, start.t1, most)
     m = None if plan.rows is None else every(most, plan.rows)
     zero = jnp.zeros(steps.shape, jnp.result_type(*jax.tree.leaves((out.y, out.state))))
