@@ -20,7 +20,7 @@ Cost:       the solver's own evaluations forwards, as many evaluations and trans
             output inside a step, or a stretch to replay, costs one more evaluation. `certify=True`
             costs one more sweep of evaluations in the forward solve.
 Memory:     256 states and the rows for a stretch, or none with `checkpoint_every=None`. Times: with
-            steps of a constant length 384, with more steps found again from these; where steps may be
+            steps of a constant length up to 8192, for a larger `max_steps` 384 from which they are found again; where steps may be
             rejected 256 `checkpoint_every` (a solve with more is replayed), and `max_steps` if there is
             nothing to replay from or with `certify=True`.
 Not for:    stiff fields: use `DiscreteAdjoint`.
@@ -57,6 +57,7 @@ from nde.solvers.inputs import check_count
 from nde.solvers.reversible.solver import AbstractReversibleSolver
 
 _STATES = 256  # that are kept, whatever the number of steps
+_TIMES = 2**13  # that are kept of steps that are never rejected; more are found again
 
 
 class ReversibleAdjoint(diffrax.AbstractAdjoint):
@@ -166,9 +167,10 @@ def _plan(uniform: bool, max_steps: int, every: int | None, certify: bool) -> Pl
     rows, ladder, clock, knots, ticks = None, Ladder(0, 0), None, None, Ladder(0, 0)
     if every is not None:
         rows, ladder = keeping(_STATES, max_steps, min(every, max_steps))
-    if uniform:
+    if uniform and max_steps > _TIMES:
+        # Found again a time may differ in its last digit, which in single precision a short step feels.
         clock, ticks = keeping(_STATES, max_steps)
-    elif rows is None or certify:
+    elif uniform or rows is None or certify:
         knots = Doubling(power(max_steps))  # nothing else to find them with
     else:
         knots = Doubling(power(min(_STATES * rows.unit, max_steps)))
