@@ -19,10 +19,10 @@ split, that the forward solution itself has gone parasitic, which no adjoint can
 Cost:       the solver's own evaluations forwards, as many evaluations and transposes backwards; an
             output inside a step, or a stretch to replay, costs one more evaluation. `certify=True`
             costs one more sweep of evaluations in the forward solve.
-Memory:     256 states and the rows for a stretch, or none with `checkpoint_every=None`. Times: with
-            steps of a constant length up to 8192, for a larger `max_steps` 384 from which they are found again; where steps may be
-            rejected 256 `checkpoint_every` (a solve with more is replayed), and `max_steps` if there is
-            nothing to replay from or with `certify=True`.
+Memory:     256 states and the rows for a stretch, or none with `checkpoint_every=None`. Times: of steps
+            of a constant length up to 8192, for a larger `max_steps` 384 from which the others are found;
+            where steps may be rejected 256 `checkpoint_every` (a solve with more is replayed), and
+            `max_steps` if there is nothing to replay from or with `certify=True`.
 Not for:    stiff fields: use `DiscreteAdjoint`.
 Reference:  Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
 """
