@@ -226,12 +226,11 @@ class StepPullback:
 
     def _first(self, trail: Trail) -> Row:
         """The first step that was accepted."""
-        start, tape = jnp.zeros((), jnp.int32), trail.tape
-        if tape.rows is not None:
-            return tapes.unpack(tapes.get(tape.rows, start), trail.first)
-        if tape.knots is None:
+        tape = trail.tape
+        if tape.rows is not None or tape.knots is None:
             return trail.first
-        ends = tapes.unpack(tapes.get(tape.knots, start), tapes.ends(trail.first))
+        row = tapes.get(tape.knots, jnp.zeros((), jnp.int32))
+        ends = tapes.unpack(row, tapes.ends(trail.first))
         return trail.first._replace(t1=ends.t1)
 
     def final(self, cotangents: Cotangents) -> BackwardCarry:

@@ -36,14 +36,13 @@ from nde.solvers.adjoint.backward import (
     StepPullback,
     added,
     kept_mask,
-    replay,
 )
 from nde.solvers.adjoint.tape import Ladder, Row, Rows
 from nde.solvers.adjoint.traced import Traced
 from nde.solvers.lanes.batch import masked
 
 CHUNK = 64  # steps at once, at most
-_WORK = 4000  # numbers that a kernel computes in the time it takes to launch some
+_WORK = 16  # numbers a kernel, times d, in all lanes: beyond, a CPU is faster step by step
 _NUMBERS = 2**22  # that a chunk may hold
 
 
@@ -120,22 +119,23 @@ def steps_back_at_once(
     def filled(k0: Array, rows: Rows, memory: PyTree[Array]) -> tuple[Rows, Rows, PyTree[Array]]:
         """The rows of a chunk, replayed from those that are kept."""
         assert units.origin is not None
-        rows, memory = replay(pullback, units.origin(k0), k0, rows, units, memory)
+        begin = units.origin(k0)
 
         def take(k: Any, carry: Any):
-            at, scratch, memory = carry
-            k = jnp.asarray(k, jnp.int32)
-            fresh = (k & mask == 0) | (k == k0)
+            at, rows, scratch, memory = carry
+            k = jnp.asarray(k, jnp.int32)  # a number under `jax.disable_jit`
+            fresh = (k & mask == 0) | (k == begin)
             there = pullback.standing(pullback.load(k, tapes.get(rows, units.row(k))))
             at = pullback.with_cache(trees.where(fresh, there, at), fresh)
             at, behind, memory = pullback.advance(k, at, memory)
             row = tapes.pack(pullback.row_of(at))
-            return behind, tapes.put(scratch, k - k0, row), memory
+            rows = tapes.put(rows, jnp.where(k <= k0, units.row(k), keep.slots), row)
+            return behind, rows, tapes.put(scratch, jnp.maximum(k - k0, 0), row), memory
 
-        begin = pullback.standing(pullback.load(k0, tapes.get(rows, units.row(k0))))
-        scratch = _sliced(rows, first, length)
+        at = pullback.standing(pullback.load(begin, tapes.get(rows, units.row(begin))))
+        carry = (at, rows, _sliced(rows, first, length), memory)
         stop = jnp.minimum(k0 + length, most)
-        _, scratch, memory = jax.lax.fori_loop(k0, stop, take, (begin, scratch, memory))
+        _, rows, scratch, memory = jax.lax.fori_loop(begin, stop, take, carry)
         return scratch, rows, memory
 
     def one_of(i: Array, carry: tuple[BackwardCarry, Rows]) -> tuple[BackwardCarry, Rows]:

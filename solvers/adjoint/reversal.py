@@ -248,7 +248,7 @@ def thinned(most: Array, plan: Plan) -> Array:
 def mismatch(found: PyTree[Array], stored: PyTree[Array]) -> Array:
     """The drift of a reconstruction in each lane: the largest rms over the members, relative to
     1 + |x|; infinite where it is not a number."""
-    drift = lambda a, b: _rms((a - b) / (1 + jnp.abs(b)))
+    drift = lambda a, b: _rms(jnp.abs(a - b) / (1 + jnp.abs(b)))
     worst = functools.reduce(jnp.maximum, jax.tree.leaves(jax.tree.map(drift, found, stored)))
     return jnp.where(jnp.isnan(worst), jnp.inf, worst)
 
@@ -259,7 +259,7 @@ def _missed(found: PyTree[Array], stored: PyTree[Array], end: PyTree[Array]) -> 
 
     def holds(a: Array, b: Array, end: Array) -> Array:
         size = jnp.maximum(jnp.abs(b) + jnp.abs(end), jnp.finfo(b.dtype).tiny)
-        return _rms((a - b) / size) <= 256 * float(jnp.finfo(b.dtype).eps)
+        return _rms(jnp.abs(a - b) / size) <= 256 * float(jnp.finfo(b.dtype).eps)
 
     held = jax.tree.leaves(jax.tree.map(holds, found, stored, end))
     return ~functools.reduce(jnp.logical_and, held)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from nde.solvers.adjoint import tape as tapes
 from nde.solvers.adjoint.backward import BackwardCarry, Cotangents
 from nde.solvers.adjoint.forward import ForwardCarry, initial_carry, row_of, run_forward
 from nde.solvers.adjoint.tape import Plan, Trail
@@ -139,13 +140,18 @@ class AbstractSolve(abc.ABC):
         out = loop(functions, start, self.max_steps, plan)
         if self.examine is not None:
             out = out._replace(extra=self.examine(functions, start, out))
-        tape, last = out.tape, out.last
+        tape, last, like = out.tape, out.last, out
         out = out._replace(tape=None, last=None, before=None)
         if not record or plan is None or tape is None:
             return out, None
+        if tape.rows is None:
+            first = row_of(functions, initial_carry(functions, start, 0, None), plan)
+        else:
+            first = tapes.unpack(
+                tapes.get(tape.rows, jnp.zeros((), jnp.int32)), row_of(functions, like, plan)
+            )
         steps = jnp.where(out.result == 0, out.accepted, -1)
         end = (out.y, out.state) if self.keeps_end else None
-        first = row_of(functions, initial_carry(functions, start, 0, None), plan)
         return out, Trail(tape, steps, out.ts_index, first, last, end)
 
 
