@@ -149,7 +149,7 @@ def steps_back_at_once(
 
 
 def _sliced(rows: Rows, k0: Array, length: int) -> Rows:
-    return [jax.lax.dynamic_slice_in_dim(x, k0, length) for x in rows]
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, k0, length), rows)
 
 
 def _units(most: Array, mask: Array, slots: int, ladder: Ladder, length: int) -> Places:
@@ -200,7 +200,7 @@ class _Chunk:
             (k0 + jnp.arange(self.length, dtype=k0.dtype))[:, None], (self.length, self.lanes.count)
         )
         k = self._as_lanes(numbers)
-        loaded: Row = steps.load(k, [self._as_lanes(x) for x in rows])
+        loaded: Row = steps.load(k, jax.tree.map(self._as_lanes, rows))
         active = k < steps.steps
         increments, _ = steps.functions.draw(
             loaded.t0, loaded.t1, steps.functions.memory(loaded.t0)

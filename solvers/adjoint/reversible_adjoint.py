@@ -8,7 +8,7 @@ In floating point the reversal amplifies rounding where the field contracts: by 
 for the flow itself, by 1 / lam for damped couplings. So by default the state is kept every
 `checkpoint_every` steps, the reversal restarts there, and a stretch that misses its stored start is
 replayed. With 32 steps an amplification of 1.1 per step grows to 21, and rounding stays rounding. At
-most 256 states are kept: with more than 8192 steps the stretches have 64 steps, then 128, and so on.
+most 128 states are kept: with more than 4096 steps the stretches have 64 steps, then 128, and so on.
 
     drift    largest rms of (reconstructed - stored) / (1 + |stored|), over members and restarts
     split    largest rms of (y - z) / (1 + |y|), over the stored states, where z is a second copy of y
@@ -19,9 +19,9 @@ split, that the forward solution itself has gone parasitic, which no adjoint can
 Cost:       the solver's own evaluations forwards, as many evaluations and transposes backwards; an
             output inside a step, or a stretch to replay, costs one more evaluation. `certify=True`
             costs one more sweep of evaluations in the forward solve.
-Memory:     256 states and the rows for a stretch, or none with `checkpoint_every=None`. Times: of steps
-            of a constant length up to 8192, for a larger `max_steps` 384 from which the others are found;
-            where steps may be rejected 256 `checkpoint_every` (a solve with more is replayed), and
+Memory:     128 states and the rows for a stretch, or none with `checkpoint_every=None`. Times: of steps
+            of a constant length up to 8192, for a larger `max_steps` 192 from which the others are found;
+            where steps may be rejected 128 `checkpoint_every` (a solve with more is replayed), and
             `max_steps` if there is nothing to replay from or with `certify=True`.
 Not for:    stiff fields: use `DiscreteAdjoint`.
 Reference:  Efficient and accurate gradients for neural SDEs (2021) | arXiv:2105.13493
@@ -56,7 +56,7 @@ from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
 from nde.solvers.reversible.solver import AbstractReversibleSolver
 
-_STATES = 256  # that are kept, whatever the number of steps
+_STATES = 128  # that are kept, whatever the number of steps
 _TIMES = 2**13  # that are kept of steps that are never rejected; more are found again
 
 

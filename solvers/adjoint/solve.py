@@ -5,7 +5,7 @@ An adjoint adds which states it keeps for the backward pass, and the backward lo
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -54,7 +54,7 @@ class AbstractSolve(abc.ABC):
             timed=name in _TIMED,
         )
         self.results = ForwardCarry(**{name: shapes(name) for name in out._fields})
-        self.residuals = lane_shapes(trail)._replace(tape=lane_shapes(trail.tape, rowed=True))
+        self.residuals = jax.tree.map(_residuals, trail, is_leaf=_has_times)
 
     @abc.abstractmethod
     def plan(self) -> Plan:
@@ -153,6 +153,21 @@ class AbstractSolve(abc.ABC):
         steps = jnp.where(out.result == 0, out.accepted, -1)
         end = (out.y, out.state) if self.keeps_end else None
         return out, Trail(tape, steps, out.ts_index, first, last, end)
+
+
+def _has_times(x: Any) -> bool:
+    return isinstance(x, tapes.Row | tapes.Rows)
+
+
+def _residuals(x: Any) -> Any:
+    """The shapes of what the backward loop needs. Times are differentiable by what moves them alone."""
+    if isinstance(x, tapes.Rows):
+        states = lane_shapes(x.states, rowed=True, differentiable=True)
+        return tapes.Rows(states, lane_shapes(x.times, rowed=True, timed=True))
+    if isinstance(x, tapes.Row):
+        y, inner = lane_shapes((x.y, x.inner), differentiable=True)
+        return lane_shapes(tapes.times(x), timed=True)._replace(y=y, inner=inner)
+    return lane_shapes(x, differentiable=True)
 
 
 def _row_by_row(ts: tuple[Array, ...]) -> tuple[Array, ...]:

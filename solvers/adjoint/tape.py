@@ -42,7 +42,12 @@ class Row(NamedTuple):
     controller: PyTree[Array] = None
 
 
-Rows = list[Array]  # many of them, packed; the row axis in front, then the lane axis
+class Rows(NamedTuple):
+    """Many of them, packed; the row axis in front, then the lane axis. Times apart: where nothing that
+    moves them is differentiated, they have no tangent."""
+
+    states: list[Array]
+    times: list[Array]
 
 
 class Tape(NamedTuple):
@@ -144,15 +149,24 @@ def keeping(count: int, max_steps: int, unit: int = 1) -> tuple[Doubling, Ladder
 
 def pack(row: Row) -> Rows:
     """A row as few arrays: those with one number per lane become one array per dtype."""
+    return Rows(_packed((row.y, row.inner)), _packed(times(row)))
+
+
+def unpack(rows: Rows, like: Row) -> Row:
+    """The row again; `like` has its structure."""
+    y, inner = _unpacked(rows.states, (like.y, like.inner))
+    return _unpacked(rows.times, times(like))._replace(y=y, inner=inner)
+
+
+def _packed(tree: PyTree[Array]) -> list[Array]:
     groups: dict[Any, list[Array]] = {}
-    for x in jax.tree.leaves(row):
+    for x in jax.tree.leaves(tree):
         groups.setdefault(x.dtype if x.ndim == 1 else len(groups), []).append(x)
     stacked = lambda group: jnp.stack(group, axis=1) if group[0].ndim == 1 else group[0]
     return [stacked(group) for group in groups.values()]
 
 
-def unpack(arrays: Rows, like: Row) -> Row:
-    """The row again; `like` has its structure."""
+def _unpacked(arrays: list[Array], like: PyTree[Array]) -> Any:
     leaves, tree = jax.tree.flatten(like)
     groups: dict[Any, int] = {}
     used: dict[int, int] = {}

@@ -196,8 +196,9 @@ def _refuse(*args, **params):
     )
 
 
-def _forwards(run, primals, tangents, **params):
-    """The derivative of a primitive as JAX finds it in what it runs. For forward mode alone."""
+def _forwards(run, primals, tangents, moves=None, **params):
+    """The derivative of a primitive as JAX finds it in what it runs. For forward mode alone. `moves`:
+    which results have one; None: all."""
     moving = [i for i, t in enumerate(tangents) if not _is_zero(t)]
 
     def results(*moved):
@@ -210,8 +211,9 @@ def _forwards(run, primals, tangents, **params):
     out, moved = jax.jvp(results, [primals[i] for i in moving], dots)
     zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
     inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    pairs = zip(out, moved, strict=True)
-    return out, [forwards_p.bind(t) if inexact(x) else zero(x) for x, t in pairs]
+    moves = [True] * len(out) if moves is None else moves
+    triples = zip(out, moved, moves, strict=True)
+    return out, [forwards_p.bind(t) if m and inexact(x) else zero(x) for x, t, m in triples]
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -260,10 +262,13 @@ def _is_zero(x) -> bool:
 
 def _solve_jvp(primals, tangents, *, program: Program, sizes, levels, record):
     perturbed = tuple(not _is_zero(t) for t in tangents)
+    timed = program.timed(perturbed)
     if record:  # of a gradient
         params = dict(program=program, sizes=sizes, levels=levels, record=True)
-        return _forwards(_run_solve, primals, tangents, **params)
-    timed = program.timed(perturbed)
+        moves = [
+            _moves(shape, timed) for shape in jax.tree.leaves((program.results, program.residuals))
+        ]
+        return _forwards(_run_solve, primals, tangents, moves, **params)
     params = dict(program=program, sizes=sizes, levels=levels)
     out = solve_p.bind(*primals, **params, record=True)
     shapes = jax.tree.leaves(program.results)

@@ -21,9 +21,10 @@ WAYS = {
     "implicit": (DiscreteAdjoint(), dfx.Kvaerno3(), dfx.PIDController(rtol=1e-8, atol=1e-10)),
     "reversible": (ReversibleAdjoint(), ReversibleHeun(), CONSTANT),
     "noise": (DiscreteAdjoint(), dfx.Heun(), CONSTANT),
+    "state": (DiscreteAdjoint(), dfx.ReversibleHeun(), CONSTANT),
 }
 NEAR = {"implicit": 1e-6}  # the roots of a step are known to a tolerance
-QUICK = ("adaptive", "reversible")
+QUICK = ("adaptive", "reversible", "state")
 A, Y0 = jnp.asarray(1.3), jnp.array([1.0, 0.5])
 TIMES = (jnp.asarray(0.0), jnp.asarray(1.0), jnp.asarray(0.25), jnp.array([0.3, 0.9]))
 
@@ -39,7 +40,7 @@ def run(adjoint, way, a, y, t0=0.0, t1=1.0, dt0=0.25, ts=TIMES[3], controller=No
         path = dfx.VirtualBrownianTree(0.0, 1.0, 2**-6, (), jax.random.key(0))
         terms = dfx.MultiTerm(terms, dfx.ControlTerm(lambda t, y, a: 0.3 * jnp.cos(a * y), path))
     return dfx.diffeqsolve(
-        terms, solver, t0, t1, dt0, y, a, adjoint=adjoint, max_steps=64,
+        terms, solver, t0, t1, dt0, y, a, adjoint=adjoint, max_steps=512 if way == "implicit" else 64,
         stepsize_controller=controller or default, saveat=dfx.SaveAt(ts=ts, t1=True),
     ).ys  # fmt: skip
 
