@@ -227,7 +227,7 @@ class _Chunk:
         def one(c: Array, part: list[Array]) -> tuple[Array, Array]:
             jacobian, a, b, active = part
             behind = masked(active, c + b)
-            before = jnp.einsum("li,lij->lj", behind, jacobian) + a
+            before = jnp.einsum("li,lij->lj", behind, jacobian, precision="highest") + a
             return jnp.where(active[:, None], before, c), behind
 
         before, behind = jax.lax.scan(one, flat((ct.y, ct.inner)), parts, reverse=True)
