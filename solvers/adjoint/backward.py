@@ -330,7 +330,7 @@ class StepPullback:
         _, at, behind, memory = jax.lax.while_loop(cond, attempt, begin)
         following, known = self._known(k + 1)
         behind = behind._replace(tnext=jnp.where(known, following.t1, behind.tnext))
-        if self.traced.jumps:
+        if self.traced.jumps and following.jump is not None:
             behind = behind._replace(
                 tprev=jnp.where(known, following.t0, behind.tprev),
                 made_jump=jnp.where(known, following.jump, behind.made_jump),

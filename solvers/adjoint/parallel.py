@@ -206,9 +206,9 @@ class _Chunk:
             loaded.t0, loaded.t1, steps.functions.memory(loaded.t0)
         )
         fn, x, aux = steps.differentiated(loaded, increments)
-        nothing = trees.zeros_like(x)
+        nothing = y, inner = trees.zeros_like(x)
         reached = steps.reached(loaded.t1)
-        added_here = BackwardCarry(*nothing, ct.consts, reached, ())
+        added_here = BackwardCarry(y, inner, ct.consts, reached, ())
         added_here, ct_dense = steps.outputs(k, active, loaded, increments, added_here)
         ct_judged = None
         if steps.judged is not None:

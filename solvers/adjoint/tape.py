@@ -218,7 +218,7 @@ class Trail(NamedTuple):
     steps: Int[Array, " lanes"]  # accepted steps; -1 where the solve failed
     ts_index: tuple[Int[Array, " lanes"], ...]  # how many save times were reached, per `SubSaveAt`
     first: Row  # where the solve starts
-    last: Row  # the times of the last step
+    last: Row | None  # the times of the last step, if the plan wants them
     end: PyTree[Array] = None  # the last state, for a reversal to begin with
 
 
