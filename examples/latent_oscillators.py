@@ -182,7 +182,7 @@ def main(steps: int = 2500, plot: bool = True, *, series: int = 1000, tested: in
             print(f"{name + ', ' + task:<34}{numbers}{history.seconds:>7.0f} s of training")
     if steps >= 2500:  # trained, and not only tried
         latent, recurrent = results.values()
-        for share in (0.3, 0.5):  # at 10 % neither can tell the frequency
+        for share in (0.3, 0.5):  # at 10 % the values hardly tell the frequency
             assert latent["extrapolate", share] < recurrent["extrapolate", share] / 3, share
     if plot:
         picture(models, 2000)
