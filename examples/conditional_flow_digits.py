@@ -143,6 +143,9 @@ def main(steps: int = 6000, plot: bool = True, *, width: int = 256, per_class: i
         f"bits per pixel of test digits: {found['bits']:.2f} +- {found['bits_error']:.2f} (uniform: "
         f"{np.log2(LEVELS):.2f})"
     )
+    if steps >= 6000:  # trained, and not only tried
+        assert found["recognised"] > 0.9 and found["bits"] < np.log2(LEVELS)
+        assert found["nearest"] > 0.7 * found["nearest_real"], "copies of the training set"
     if plot:
         picture(samples)
     return found

@@ -196,6 +196,10 @@ def main(
         models[name], history = train(name, count)
         results[name] = report(models[name], history, held, true)
     print(table(results, -true.mean()))
+    for name, row in results.items():
+        assert row["excess"] > -3 * row["error"], f"{name} is below the entropy: a wrong density"
+        if name == "independent" and row["steps"] >= 10_000:
+            assert row["excess"] < 0.1, row
     if "likelihood" in methods:
         ours, theirs = map(memory, (ReversibleAdjoint(), diffrax.RecursiveCheckpointAdjoint()))
         print(
