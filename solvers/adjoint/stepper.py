@@ -354,7 +354,7 @@ def stepper_for(
     """Chooses how the solver is run."""
     tableau = explicit_rk.tableau_of(solver)
     if tableau is None:
-        if isinstance(solver, diffrax.AbstractRungeKutta) and solver.scan_kind is None:
+        if getattr(solver, "scan_kind", "none") is None:
             # A loop over stages that is differentiated both forwards and backwards.
             kind = lambda solver: solver.scan_kind
             solver = eqx.tree_at(kind, solver, "bounded", is_leaf=lambda x: x is None)

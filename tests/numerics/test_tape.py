@@ -107,7 +107,8 @@ def test_packing_keeps_values_dtypes_and_order():
         jnp.array([True, False, True]), None, (jnp.arange(3), jnp.ones(3, jnp.float32)),
     )  # fmt: skip
     packed = tapes.pack(row)
-    assert len(packed) == 5  # a matrix, and one array for each of four dtypes
+    assert len(packed.states) == 2  # a matrix, and one array for the numbers
+    assert len(packed.times) == 4  # one array for each dtype
     same = lambda a, b: np.testing.assert_array_equal(a, b, strict=True)
     jax.tree.map(same, tapes.unpack(packed, row), row)
 
