@@ -107,9 +107,8 @@ def picture(v, laws, swings, ys):
     for name, swing in swings.items():
         width = 4 if name == "truth" else 1.5
         right.plot(ts, swing[:, 0], color=colors[name], label=name, lw=width)
-    right.set(
-        xlabel="t", ylabel="angle", title="an unseen swing, three times as long", ylim=(-4, 4)
-    )
+    right.set(xlabel="t", ylabel="angle", title="an unseen swing, three times as long")
+    right.set_ylim(-4, 4)
     right.legend(frameon=False)
     nde.plot.save(fig, "pendulum_friction.png")
 
