@@ -69,7 +69,13 @@ def code_of(text: str) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/choosing.md"])
+RUN = [
+    "README.md",
+    *(f"docs/{page}.md" for page in ("quickstart", "choosing", "coming_from", "extending")),
+]
+
+
+@pytest.mark.parametrize("page", RUN)
 def test_the_code_on_a_page_runs(page, tmp_path):
     code = code_of((ROOT / page).read_text())
     assert code

@@ -109,4 +109,4 @@ right.set(xlabel="t", ylabel="probability of a left turn")
 
 # %% [markdown]
 # Next: series that arrive point by point are read by `nde.paths.Stream`; long ones by the log-ODE
-# method (see [irregular series](../irregular_series.md)).
+# method ([control paths](../theory/control_paths.md)).
