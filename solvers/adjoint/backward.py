@@ -87,8 +87,7 @@ def _places(most: Array, keep: tapes.Doubling, ladder: tapes.Ladder) -> Places:
     stored = lambda k: tapes.slot(k, keep.slots)
     if not ladder.most:
         return Places(stored)
-    q = tapes.doublings(most, keep.slots)
-    mask = jnp.left_shift(1, q) - 1
+    q, mask = tapes.doublings(most, keep.slots), kept_mask(most, keep)
 
     def row(k: Array) -> Array:
         j = k & mask

@@ -36,7 +36,7 @@ from nde.solvers.adjoint.backward import (
     places_of,
     steps_back,
 )
-from nde.solvers.adjoint.parallel import chunk_length, fits, pays, steps_back_at_once
+from nde.solvers.adjoint.parallel import chunk_length, steps_back_at_once
 from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import stepper_for
 from nde.solvers.adjoint.tape import Doubling, Plan, Trail, keeping, power
@@ -161,11 +161,8 @@ class _StoredSolve(AbstractSolve):
         x = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (ct.y, ct.inner)
         )
-        parallel = self._parallel
-        if parallel is None:
-            parallel = pays(self.traced, x, lanes)
-        if parallel and fits(x):
-            length = chunk_length(self.traced, x, lanes, keep.slots)
+        length = chunk_length(self._parallel, self.traced, x, lanes, keep.slots)
+        if length is not None:
             return steps_back_at_once(pullback, most, rows, ct, length)
         places = places_of(most, self._plan)
         return steps_back(pullback, jnp.zeros_like(most), most, rows, places, ct)[0]

@@ -13,8 +13,8 @@ The steps of a chunk are lanes more (`Lanes.along`), so a step is defined once f
 parameter still gets one cotangent.
 
 Cost:       d + 2 evaluations and a transpose of each step (2 and a transpose, step by step), in a number of
-            kernels that does not grow with the number of steps. Where launching kernels is the cost (one
-            trajectory of a few equations) that is a tenth of the time; `pays` says where.
+            kernels that does not grow with the number of steps. It pays where launching kernels is the
+            cost: few trajectories of two equations, on a CPU; `chunk_length` says where.
 Memory:     of a chunk: its states, their d x d derivatives and the stages of its steps.
 Not for:    complex states, and states of several dtypes.
 """
@@ -46,28 +46,24 @@ _WORK = 16  # numbers a kernel, times d, in all lanes: beyond, a CPU is faster s
 _NUMBERS = 2**22  # that a chunk may hold
 
 
-def pays(traced: Traced, x: PyTree[Any], lanes: int) -> bool:
-    """Whether a step is so small that launching its kernels is what it costs. `x`: of one lane."""
-    kernels, numbers = _work(traced.advance.jaxpr)
-    return fits(x) and lanes * size(x) * numbers <= _WORK * kernels
+def chunk_length(
+    parallel: bool | None, traced: Traced, x: PyTree[Any], lanes: int, slots: int
+) -> int | None:
+    """How many steps are taken at once, a power of two; None: step by step. `x`: of one lane.
 
-
-def fits(x: PyTree[Any]) -> bool:
-    """Whether a state is one vector of real numbers."""
+    Only if the state is one vector of real numbers; without a wish (`parallel` None), if a step is so
+    small that launching its kernels is what it costs.
+    """
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(x)}
-    return len(dtypes) == 1 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
-
-
-def size(x: PyTree[Any]) -> int:
-    """d, the numbers in a state."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(x))
-
-
-def chunk_length(traced: Traced, x: PyTree[Any], lanes: int, slots: int) -> int:
-    """How many steps are taken at once: a power of two."""
-    _, numbers = _work(traced.advance.jaxpr)
+    real = len(dtypes) == 1 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+    if parallel is False or not real:
+        return None
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(x))
+    kernels, numbers = _work(traced.advance.jaxpr)
+    if parallel is None and lanes * size * numbers > _WORK * kernels:
+        return None
     length = min(CHUNK, slots)
-    while length > 2 and length * lanes * size(x) * min(numbers, _NUMBERS) > _NUMBERS:
+    while length > 2 and length * lanes * size * min(numbers, _NUMBERS) > _NUMBERS:
         length //= 2
     return length
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from nde.solvers import trees
 from nde.solvers.adjoint import tape as tapes
@@ -272,18 +272,33 @@ def _rms(x: Array) -> Array:
 
 
 class Times:
-    """When a step started and ended, and whether the field jumped at its start."""
+    """When a step started and ended, and whether the field jumped at its start. `first`, `last`: the
+    steps of these names in every lane, of `steps`."""
 
     def __init__(
-        self, functions: LaneFunctions, plan: Plan, tape: Tape, first: Row, t1: Array, most
+        self,
+        functions: LaneFunctions,
+        plan: Plan,
+        tape: Tape,
+        first: Row,
+        last: Row,
+        steps: Int[Array, " lanes"],
+        t1: Array,
     ):
-        self.functions, self.plan, self.tape, self.first = functions, plan, tape, first
+        self.functions, self.plan, self.tape = functions, plan, tape
+        self.first, self.last, self.steps = first, last, steps
         self.t1, self.floor, self.like = t1, end_floor(t1), tapes.times(first)
         if plan.clock is not None:
-            self.places = clock_places(most, plan)
+            self.places = clock_places(jnp.max(steps), plan)
 
     def look_up(self, k: Array, clock: Rows | None) -> tuple[Row, Rows | None]:
-        """Step k, and the rows of the clock; anything in a lane that has no such step."""
+        """Step k of every lane that has one, else its last; and the rows of the clock."""
+        row, clock = self._found(k, clock)
+        row = row._replace(before=None, controller=None)
+        return trees.where(k < self.steps, row, self.last), clock  # type: ignore[return-value]
+
+    def _found(self, k: Array, clock: Rows | None) -> tuple[Row, Rows | None]:
+        """The same, but anything in a lane that has no such step."""
         if self.plan.clock is not None and clock is not None:
             if self.places.origin is not None:
                 clock = self._wound(self.places.origin(k), k, clock)
@@ -314,28 +329,36 @@ class Times:
         return jax.lax.fori_loop(k0, k1, one, (begin, clock))[1]
 
 
+def undone(
+    functions: LaneFunctions,
+    reversal: TracedReversal,
+    row: Row,
+    end: tuple[PyTree[Array], PyTree[Array]],
+    memory: PyTree[Array],
+) -> tuple[tuple[PyTree[Array], PyTree[Array]], PyTree[Array]]:
+    """The state before the step of `row`, in every lane, from the one behind it; and the memory of the
+    noise."""
+    increments, memory = functions.draw(row.t0, row.t1, memory)
+    at = (reversal.solver.members(*end), row.t0, row.t1, jumped(row), increments)
+    return reversal.solver.split(functions(reversal.retreat, *at)), memory
+
+
 class _StretchReversal:
     """One stretch of the backward pass."""
 
     def __init__(self, pullback: StepPullback, reversal: TracedReversal):
         self.pullback, self.reversal, self.solver = pullback, reversal, reversal.solver
-        self.last: Row = pullback.donors.copied(pullback.last)
-        at = (pullback.functions, pullback.plan, pullback.tape, pullback.first, pullback.t1)
-        self.looked_up = Times(*at, pullback.most)
+        last: Row = pullback.donors.copied(pullback.last)
+        ends = (pullback.first, last, pullback.steps, pullback.t1)
+        self.times = Times(pullback.functions, pullback.plan, pullback.tape, *ends)
         linear = all(save.is_linear for save in pullback.traced.saves)
         self.fused = linear and pullback.judged is None
-
-    def times(self, k: Array, clock: Rows | None) -> tuple[Row, Rows | None]:
-        """Step k in every lane that has one, else its last step."""
-        row, clock = self.looked_up.look_up(k, clock)
-        row = row._replace(before=None, controller=None)
-        return trees.where(k < self.pullback.steps, row, self.last), clock  # type: ignore[return-value]
 
     def when(
         self, k: Array, memory: PyTree[Array], clock: Rows | None
     ) -> tuple[When, PyTree[Array], Rows | None]:
         """Step k of every lane, the memory of the noise, and the clock."""
-        row, clock = self.times(k, clock)
+        row, clock = self.times.look_up(k, clock)
         increments, memory = self.pullback.functions.draw(row.t0, row.t1, memory)
         control = self.pullback.functions(self.reversal.control, row.t0, row.t1, increments)
         return When(row.t0, row.t1, jumped(row), control, increments), memory, clock
@@ -352,16 +375,13 @@ class _StretchReversal:
         def step(j: Any, carry: Any):
             (y, others), ct = carry
             k = k0 + length - 1 - j
-            row, clock = self.times(k, ct.clock)
-            increments, memory = self.pullback.functions.draw(row.t0, row.t1, ct.memory)
-            ct = ct._replace(memory=memory, clock=clock)
-            members = self.solver.members(y, others)
-            at = (members, row.t0, row.t1, jumped(row), increments)
-            members = self.pullback.functions(self.reversal.retreat, *at)
+            row, clock = self.times.look_up(k, ct.clock)
+            functions = self.pullback.functions
             # A lane that waits undoes its last step again and again, and is pulled back through it.
-            undone = self.solver.split(members)
-            ct = self.pullback.step(k, row._replace(y=undone[0], inner=undone[1]), ct)
-            return trees.where(k < self.pullback.steps, undone, (y, others)), ct
+            before, memory = undone(functions, self.reversal, row, (y, others), ct.memory)
+            ct = ct._replace(memory=memory, clock=clock)
+            ct = self.pullback.step(k, row._replace(y=before[0], inner=before[1]), ct)
+            return trees.where(k < self.pullback.steps, before, (y, others)), ct
 
         return jax.lax.fori_loop(0, length, step, (end, ct))
 

@@ -38,7 +38,7 @@ from jaxtyping import Array, PyTree
 from nde.solvers import trees
 from nde.solvers.adjoint import loop
 from nde.solvers.adjoint import tape as tapes
-from nde.solvers.adjoint.backward import BackwardCarry, Cotangents, jumped
+from nde.solvers.adjoint.backward import BackwardCarry, Cotangents
 from nde.solvers.adjoint.forward import ForwardCarry, initial_carry, row_of
 from nde.solvers.adjoint.reversal import (
     Times,
@@ -47,6 +47,7 @@ from nde.solvers.adjoint.reversal import (
     mismatch,
     run_reversed,
     trace_reversal,
+    undone,
 )
 from nde.solvers.adjoint.solve import AbstractSolve
 from nde.solvers.adjoint.stepper import ReversibleStepper
@@ -188,7 +189,7 @@ def certificate(
     solver, tape, steps = reversal.solver, cast(tapes.Tape, out.tape), out.accepted
     begin = initial_carry(functions, start, 0, None)
     most, first = jnp.max(steps), row_of(functions, begin, plan)
-    looked_up = Times(functions, plan, tape, first, start.t1, most)
+    times = Times(functions, plan, tape, first, cast(tapes.Row, out.last), steps, start.t1)
     m = None if plan.rows is None else every(most, plan.rows)
     zero = jnp.zeros(steps.shape, jnp.result_type(*jax.tree.leaves((out.y, out.state))))
 
@@ -199,14 +200,11 @@ def certificate(
         return mismatch(z, y)
 
     def undo(i: Array, carry):
-        (y, state), drift, split, memory, clock = carry
+        end, drift, split, memory, clock = carry
         k = most - 1 - i
-        row, clock = looked_up.look_up(k, clock)
-        row = trees.where(k < steps, row._replace(before=None, controller=None), out.last)
-        increments, memory = functions.draw(row.t0, row.t1, memory)
-        at = (solver.members(y, state), row.t0, row.t1, jumped(row), increments)
-        members = functions(reversal.retreat, *at)
-        y, state = trees.where(k < steps, solver.split(members), (y, state))
+        row, clock = times.look_up(k, clock)
+        before, memory = undone(functions, reversal, row, end, memory)
+        y, state = trees.where(k < steps, before, end)
         if plan.rows is None or m is None or tape.rows is None:
             here, stored = (k < steps) & (k == 0), (start.y, start.state)
         else:

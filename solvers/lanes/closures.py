@@ -46,17 +46,19 @@ class ClosedFunction(NamedTuple):
     @property
     def reads(self) -> set[int]:
         """Which of its arguments, leaf by leaf, the function depends on."""
-        used = {x for eqn in needed_eqns(self.jaxpr) for x in inputs(eqn)}
-        used |= {x for x in self.jaxpr.outvars if not is_literal(x)}
+        used = self._used()
         return {i for i, x in enumerate(self.jaxpr.invars) if x in used}
 
     @property
     def needs(self) -> set[int]:
         """Which arrays of the pool its value depends on: not those that it only touches."""
-        used = {x for eqn in needed_eqns(self.jaxpr) for x in inputs(eqn)}
-        used |= {x for x in self.jaxpr.outvars if not is_literal(x)}
-        pairs = zip(self.uses, self.jaxpr.constvars, strict=True)
+        used, pairs = self._used(), zip(self.uses, self.jaxpr.constvars, strict=True)
         return {i for i, x in pairs if x in used}
+
+    def _used(self) -> set[Any]:
+        """The variables that the value depends on."""
+        used = {x for eqn in needed_eqns(self.jaxpr) for x in inputs(eqn)}
+        return used | {x for x in self.jaxpr.outvars if not is_literal(x)}
 
     @property
     def computes(self) -> bool:
