@@ -59,13 +59,9 @@ def measure_size(size: int, rounds: int) -> dict[str, Any]:
     claims = [
         measure.Claim("gradient / diffrax default", measure.ratio(seconds, "ours", PEER), None)
     ]
-    return {
-        "trajectories": size,
-        "seconds": {name: sorted(values)[len(values) // 2] for name, values in seconds.items()},
-        "temporary_megabytes": memory,
+    case = {"trajectories": size}
+    return measure.entry("gradient", case, seconds, memory, claims) | {
         "difference": measure.relative_difference(calls["ours"](), calls[PEER]()),
-        "claims": [claim.record() for claim in claims],
-        "_claims": claims,
     }
 
 
@@ -76,21 +72,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    entries = []
-    for size in args.sizes:
-        entry = measure_size(size, args.rounds)
-        print(f"\n{size} trajectories, difference {entry['difference']:.1e}")
-        rows = [
-            (name, 1e3 * s, entry["temporary_megabytes"][name])
-            for name, s in entry["seconds"].items()
-        ]
-        print(measure.table(("method", "ms", "MB"), rows))
-        for claim in entry.pop("_claims"):
-            print(claim.line())
-        entries.append(entry)
-    if args.out:
-        packages = ("jax", "diffrax", "equinox")
-        measure.write(args.out, {"environment": measure.environment(packages), "sizes": entries})
+    entries = [measure_size(size, args.rounds) for size in args.sizes]
+    measure.show_and_write(entries, args.out, ("jax", "diffrax", "equinox"))
 
 
 if __name__ == "__main__":

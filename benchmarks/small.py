@@ -96,6 +96,7 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
     """One row of the results."""
     p = problem(case.state)[2]
     compiled = {name: jax.jit(fn).lower(p).compile() for name, fn in methods(case).items()}
+    memory = {name: measure.temporary_megabytes(fn) for name, fn in compiled.items()}
     calls: dict[str, Callable[[], Any]] = {
         name: lambda fn=fn: fn(p) for name, fn in compiled.items()
     }
@@ -108,13 +109,9 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
         measure.Claim("gradient / forward mode", measure.ratio(seconds, "ours", FORWARD), None),
         measure.Claim("compile, seconds", compiles["ours"], 2.0),
     ]
-    return {
-        "case": case._asdict(),
-        "seconds": {name: sorted(values)[len(values) // 2] for name, values in seconds.items()},
+    return measure.entry("gradient", case._asdict(), seconds, memory, claims) | {
         "compile_seconds": compiles,
         "difference": measure.relative_difference(calls["ours"](), calls[PEER]()),
-        "claims": [claim.record() for claim in claims],
-        "_claims": claims,
     }
 
 
@@ -127,18 +124,8 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     chosen = [[int(x) for x in c.split(",")] for c in args.cases or []]
     cases = [Case(n, bool(a), bool(o)) for n, a, o in chosen] or CASES
-    entries = []
-    for case in cases:
-        entry = measure_case(case, args.rounds)
-        print(f"\n{case}, difference {entry['difference']:.1e}")
-        rows = [(name, 1e3 * s) for name, s in entry["seconds"].items()]
-        print(measure.table(("method", "ms"), rows))
-        for claim in entry.pop("_claims"):
-            print(claim.line())
-        entries.append(entry)
-    if args.out:
-        packages = ("jax", "diffrax", "equinox")
-        measure.write(args.out, {"environment": measure.environment(packages), "cases": entries})
+    entries = [measure_case(case, args.rounds) for case in cases]
+    measure.show_and_write(entries, args.out, ("jax", "diffrax", "equinox"))
 
 
 if __name__ == "__main__":
