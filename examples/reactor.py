@@ -12,9 +12,10 @@ jacket programme that was not run.
 
 X lives for 1 / k2, a fiftieth of a second; a run takes eight minutes. Steps of an explicit solver are
 about 3 / k2 at most, however smooth the solution. Those of `Kvaerno3`, implicit, are not bound by it.
+Its equations are solved by `Chord`: the default gives up sooner and takes up to four times the steps.
 
-*Gotcha: the jacket jumps; `jumps` ends the steps there, or one across would lose its order. Temperatures
-seldom reached teach little: at both ends k is off by a factor of two or so after this short training.*
+*Gotcha: the jacket jumps; `jumps` ends the steps there, or one across would lose its order. log k is nearly
+straight: units that are straight far away (`silu`) carry it to the ends, where little was measured.*
 Reference: Seborg, Edgar and Mellichamp, Process Dynamics and Control (constants; weaker feed, X added).
 """
 
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimistix
 
 import nde
 from nde.hybrid import Frozen
@@ -40,6 +42,7 @@ TS = np.linspace(0.04, END, 200)
 # K, each for two minutes; one row per run, the last of which is not measured
 JACKETS = np.array([[300.0, 340, 310, 360], [350, 300, 370, 320], [330, 365, 305, 345]])
 START = jnp.array([0.5, 0.0, 0.0])
+IMPLICIT = diffrax.Kvaerno3(root_finder=diffrax.with_stepsize_controller_tols(optimistix.Chord)())
 
 
 def balances(t, y, p):
@@ -51,13 +54,11 @@ def balances(t, y, p):
 
 
 def reacting(known, network, t, y, p, jacket):
-    """The rate of the network and the temperature of the jacket stand inside the balances."""
     return known(t, y, p | {"k": rate(network, y[1]), "J": jacket.evaluate(t)[0]})
 
 
 def rate(network, scaled):
-    """k, per minute, of a scaled temperature."""
-    return jnp.exp(network(0.0, scaled[None], None)[0])
+    return jnp.exp(network(0.0, scaled[None], None)[0])  # per minute
 
 
 def arrhenius(t, scaled, args):
@@ -65,26 +66,23 @@ def arrhenius(t, scaled, args):
     return jnp.log(7.2e10) - 8750.0 / (FEED + WIDTH * scaled)
 
 
-def tank(network, solver=diffrax.Kvaerno3()):
-    numerics = {"solver": solver, "stepsize_controller": diffrax.PIDController(1e-3, 1e-5)}
+def tank(network, solver=IMPLICIT):
+    numerics = {"solver": solver, "stepsize_controller": diffrax.PIDController(3e-3, 1e-4)}
     ode = nde.HybridODE(balances, network, CONSTANTS, combine=reacting, **numerics)
-    seen = lambda t, y, p, x: y[:2]
-    return nde.Measured(ode, Frozen(START), seen, nde.measured.Gaussian(NOISE))
+    return nde.Measured(ode, Frozen(START), lambda t, y, p, x: y[:2], nde.measured.Gaussian(NOISE))
 
 
 def steps_taken(solver):
-    """By the truth, until the jacket of the first run is switched."""
     jacket = nde.paths.held(np.array([0.0, SWITCH]), np.array([JACKETS[0, :1]] * 2))
     ode = tank(arrhenius, solver).ode
     return int(ode.solve(jnp.array([0.0, SWITCH]), START, jacket).stats["num_steps"])
 
 
 def runs(jackets, ts, ys):
-    """Experiments with these jackets."""
     edges = np.arange(0.0, END + SWITCH, SWITCH)
     held = [nde.paths.held(edges, np.append(row, row[-1])[:, None]) for row in jackets]
-    times = {"t0": 0.0, "jumps": [edges[1:-1]] * len(held)}
-    return nde.measured.experiments([(ts, y) for y in ys], args=held, **times)
+    jumps = [edges[1:-1]] * len(held)
+    return nde.measured.experiments([(ts, y) for y in ys], args=held, t0=0.0, jumps=jumps)
 
 
 def courses(network, jackets):
@@ -94,11 +92,11 @@ def courses(network, jackets):
 
 def train(data, steps, seed):
     """On a beginning of the runs that grows to all of them."""
-    key, shape = jax.random.key(seed), {"activation": jnp.tanh, "last_layer_scale": 0.1}
-    network = nde.fields.MLPField(1, 12, 2, scale=6.0, key=key, **shape)
+    key, small = jax.random.key(seed), {"activation": jax.nn.silu, "last_layer_scale": 0.1}
+    network = nde.fields.MLPField(1, 8, 2, scale=10.0, key=key, **small)
     grow = optax.linear_schedule(0.1, 1.0, steps // 2)
     likelihood = functools.partial(nde.losses.negative_log_likelihood, horizon=grow)
-    options = {"optim": optax.adam(optax.cosine_decay_schedule(5e-2, steps)), "steps": steps}
+    options = {"optim": optax.adam(optax.cosine_decay_schedule(2e-2, steps)), "steps": steps}
     return nde.fit(tank(network), likelihood, data, progress=False, key=key, **options)[0]
 
 
@@ -112,39 +110,41 @@ def picture(kelvin, laws, ts, ys, new):
     axes[0].legend(frameon=False)
     axes[0].set(yscale="log", xlabel="T, K", ylabel="k, 1/min", title="the law")
     for y, color in zip(ys, ("#4477AA", "#EE7733"), strict=True):
-        axes[1].plot(ts, FEED + WIDTH * y[:, 1], ".-", lw=0.6, color=color)
+        axes[1].plot(ts, FEED + WIDTH * y[:, 1], ".-", lw=0.6, ms=3, color=color)
     for ax, title in zip(axes[1:], ("measured runs", "a jacket programme not run"), strict=True):
         ax.set(title=title, xlabel="t, min", ylabel="T, K")
     nde.plot.save(fig, "reactor.png")
 
 
-def main(steps: int = 120, plot: bool = True, *, seed: int = 0) -> dict:
+def main(steps: int = 200, plot: bool = True, *, seed: int = 0) -> dict:
     """The error of the law where it was visited, that of the forecast, and the steps of two solvers."""
     true = courses(arrhenius, JACKETS)
-    noise = NOISE * np.random.default_rng(seed).normal(size=(2, 40, 2))
-    ts, ys = TS[4::5], true[:2, 4::5] + noise  # every 12 seconds
+    noise = NOISE * np.random.default_rng(seed).normal(size=(2, 100, 2))
+    ts, ys = TS[1::2], true[:2, 1::2] + noise  # every 4.8 seconds
     network = train(runs(JACKETS[:2], ts, ys), steps, seed).ode.network
-    scaled = jnp.linspace(*np.quantile(ys[..., 1], [0.02, 0.98]), 101)
-    law = lambda field: np.asarray(jax.vmap(functools.partial(rate, field))(scaled))
+    seen = np.linspace(true[:2, :, 1].min(), true[:2, :, 1].max(), 101)
+    law = lambda field: np.asarray(jax.vmap(functools.partial(rate, field))(jnp.asarray(seen)))
     laws = {"truth": law(arrhenius), "network": law(network)}
     new = {"truth": true[2, :, 1], "network": courses(network, JACKETS[2:])[0, :, 1]}
-    kelvin = FEED + WIDTH * np.asarray(scaled)
-    worst = float(np.max(np.abs(laws["network"] / laws["truth"] - 1)))
+    kelvin, off = FEED + WIDTH * seen, laws["network"] / laws["truth"] - 1
+    low, high = np.quantile(ys[..., 1], [0.02, 0.98])
+    inner = (low <= seen) & (seen <= high)
+    worst = float(np.max(np.abs(off[inner])))
     forecast = WIDTH * float(np.sqrt(np.mean((new["network"] - new["truth"]) ** 2)))
-    taken = {type(s).__name__: steps_taken(s) for s in (diffrax.Tsit5(), diffrax.Kvaerno3())}
+    taken = {type(s).__name__: steps_taken(s) for s in (diffrax.Tsit5(), IMPLICIT)}
     print(f"two minutes of the truth: {taken} steps")
-    print(f"k within {worst:.1%} from {kelvin[0]:.0f} to {kelvin[-1]:.0f} K")
+    print(f"k within {worst:.1%} from {kelvin[inner][0]:.0f} to {kelvin[inner][-1]:.0f} K")
+    print(f"off by {off[0]:+.1%} at {kelvin[0]:.0f} K and {off[-1]:+.1%} at {kelvin[-1]:.0f} K")
     print(f"jacket programme not run: T within {forecast:.2f} K (rms)")
     if plot:
         picture(kelvin, laws, ts, ys, new)
-    if steps >= 120:  # fewer are a trial of the program
+    if steps >= 200:  # fewer are a trial of the program
         assert taken["Tsit5"] > 20 * taken["Kvaerno3"], "stiff"
-        assert worst < 1.0 and forecast < 3.5
+        assert worst < 0.15 and forecast < 0.5
     return {"law": worst, "forecast": forecast, "steps": taken}
 
 
-# *What to take away*: a law inside known balances is learned from what was measured around it, and
-# goes into the next experiment.
+# *What to take away*: a law inside known balances, once learned, goes into the next experiment.
 
 if __name__ == "__main__":
     main()
