@@ -82,7 +82,7 @@ def train(key, ys, states, rates, steps):
     return *jax.vmap(lambda y: (LIBRARY(0.0, y, None), model.network(0.0, y)))(path), y0
 
 
-def proposals(terms, values, keep=3):
+def proposals(terms, values, keep=2):
     """Constants of the sums of one term and of two that are closest to the network."""
     fits = np.stack([np.linalg.lstsq(terms * s, values, rcond=None)[0] for s in SUPPORTS])
     order = np.argsort(np.sum((fits @ terms.T - values) ** 2, axis=1))
