@@ -14,7 +14,10 @@ def test_the_outbreak_is_that_of_the_source():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["school_flu", "pendulum_friction", "theophylline", "kepler"])
+@pytest.mark.parametrize(
+    "name",
+    ["school_flu", "pendulum_friction", "theophylline", "kepler", "universal_lotka_volterra"],
+)
 def test_a_trial_run_saves_one_picture(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.chdir(tmp_path)
