@@ -25,9 +25,9 @@ _READS = 256  # of numbers read again, up to which a branch costs more
 class Held(eqx.Module):
     """The same field, `field(t, y, args)`."""
 
-    field: Callable[[Array, PyTree[Array], Any], PyTree[Array]]
+    field: Callable[..., PyTree[Array]]
 
-    def __call__(self, t: Array, y: PyTree[Array], args: Any) -> PyTree[Array]:
+    def __call__(self, t: Any, y: PyTree[Array], args: Any) -> PyTree[Array]:
         once = jax.jit(lambda t, y: self.field(t, y, args))
         jaxpr = once.trace(t, y).jaxpr.jaxpr
         uses = max((_uses(jaxpr, var) for var in jaxpr.invars[1:]), default=0)
