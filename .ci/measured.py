@@ -13,9 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# What was measured
 
-Every number here comes from a file in `benchmarks/results/`, written by the command above its table: medians,
-ours and the peer's in turn in the same run. Most are ratios to the peer, and less is better. *Wanted* is what
-was aimed at, whether or not it was reached; where it stands empty, nothing was promised.
+Every number here comes from a file in `benchmarks/results/`, written by the command above its table:
+medians, ours and the peer's in turn in the same run. Most are ratios to the peer, and less is better.
+*Wanted* is what was aimed at, reached or not; where it stands empty, nothing was promised.
 """
 
 
