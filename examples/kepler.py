@@ -30,7 +30,7 @@ jax.config.update("jax_enable_x64", True)
 
 PERIODS, STEPS = 8, 100  # of a forecast; its times in a period
 ARC = jnp.linspace(0.0, 0.6, 7)
-TIMES = 2 * np.pi * jnp.arange(PERIODS * STEPS + 1) / STEPS
+TIMES = jnp.linspace(0.0, 2 * np.pi * PERIODS, PERIODS * STEPS + 1)
 CONSTANT = diffrax.ConstantStepSize()
 TIGHT = diffrax.PIDController(rtol=1e-9, atol=1e-9)
 COLORS = {"plain": "#EE7733", "Hamiltonian": "#4477AA", "separable": "#228833"}
