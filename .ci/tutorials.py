@@ -17,19 +17,23 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CELL = re.compile(r"^# %%(?P<kind>.*)$", re.MULTILINE)
-SECONDS = 300  # a script that takes longer is stuck; it should take one minute
+SECONDS = 600  # a script that takes longer is stuck; it should take one minute
 
 
 def on_files(files, *, config):
     """Called by MkDocs: add the pages, pictures and notebooks of all scripts."""
     from mkdocs.structure.files import File
 
-    for script in sorted((ROOT / "docs" / "tutorials").glob("*.py")):
-        for made in sorted(results(script).iterdir()):
+    scripts = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
+    with ThreadPoolExecutor(2) as at_once:  # a script is compiled on one core for most of its time
+        folders = list(at_once.map(results, scripts))
+    for folder in folders:
+        for made in sorted(folder.iterdir()):
             uri = f"tutorials/{made.name}"
             files.append(File.generated(config, uri, content=made.read_bytes()))
     return files
@@ -41,7 +45,7 @@ def results(script: Path) -> Path:
     if not folder.exists():
         for old in folder.parent.glob(f"{script.stem}-*"):
             shutil.rmtree(old)
-        partial = folder.with_name("partial")
+        partial = folder.with_name(f"partial-{script.stem}")
         shutil.rmtree(partial, ignore_errors=True)
         subprocess.run([sys.executable, __file__, script, partial], check=True, timeout=SECONDS)
         partial.rename(folder)

@@ -71,7 +71,8 @@ class Front(NamedTuple):
 
 def make_front(expressions: Sequence[Expression], losses: np.ndarray) -> Front:
     """The entries that are better than all simpler ones; nothing that is not finite."""
-    order = np.argsort([expression.complexity for expression in expressions], kind="stable")
+    complexities = [expression.complexity for expression in expressions]
+    order = np.lexsort((losses, complexities))  # the better of two with as many tokens comes first
     kept, best = [], np.inf
     for at in order:
         if np.isfinite(losses[at]) and losses[at] < best * (1 - 1e-6):

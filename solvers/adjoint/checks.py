@@ -63,14 +63,13 @@ def check_noise(
 
 
 def check_mesh(y0: PyTree[Array], args: Any) -> None:
-    """The loops do not say which of their arrays differ between devices."""
+    """The loops do not say which of their arrays differ between devices; none of diffrax does."""
     for x in jax.tree.leaves((y0, args)):
         kind = getattr(jax.typeof(x), "manual_axis_type", None) if eqx.is_array(x) else None
         if getattr(kind, "varying", ()):
             raise ValueError(
                 "A solve of `nde` stands in `jax.shard_map` with `check_vma=True`, which its loops cannot "
-                "answer. Pass `jax.shard_map(..., check_vma=False)`, or use "
-                "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+                "answer (nor can those of diffrax). Pass `jax.shard_map(..., check_vma=False)`."
             )
 
 

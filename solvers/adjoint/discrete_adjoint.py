@@ -13,7 +13,7 @@ Cost:       one gradient is 2 F + 1 B per step up to S = `checkpoints` accepted 
             many, m = 2, 4, .., S / 2, all but every m-th step are replayed, 1 - 1/m F more per step, and
             with S = 256 at most 2 F more up to a million steps (F: the vector-field evaluations of a
             step, B: their transpose; the forward solve is 1 F).
-Memory:     1.5 S states, whatever `max_steps`; 16 S times, where steps may be rejected (twice that, and a
+Memory:     1.5 S states, whatever `max_steps`; 4 S times, where steps may be rejected (twice that, and a
             flag, if the field may jump). With outputs inside steps, or estimates, an FSAL method adds its
             last stage to each state. Estimates are kept step by step: `max_steps` numbers each.
 Reference:  On Neural Differential Equations, Kidger (2022), section 5.1 | arXiv:2202.02435
@@ -44,7 +44,7 @@ from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.estimates.estimates import Estimates
 from nde.solvers.inputs import check_count
 
-_KNOTS = 16  # ends of steps per state, where steps may be rejected
+_KNOTS = 4  # ends of steps per state, where steps may be rejected
 
 
 class DiscreteAdjoint(diffrax.AbstractAdjoint):

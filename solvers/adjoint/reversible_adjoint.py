@@ -50,7 +50,7 @@ from nde.solvers.adjoint.reversal import (
     undone,
 )
 from nde.solvers.adjoint.solve import AbstractSolve
-from nde.solvers.adjoint.stepper import ReversibleStepper
+from nde.solvers.adjoint.stepper import ReversibleStepper, holding
 from nde.solvers.adjoint.tape import Doubling, Ladder, Plan, keeping, power
 from nde.solvers.adjoint.traced import LaneFunctions, Start, Traced
 from nde.solvers.estimates.estimates import Estimates
@@ -110,7 +110,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
             raise ValueError(
                 f"`ReversibleAdjoint` does not support {lacking}. Use `adjoint=DiscreteAdjoint()`."
             )
-        stepper = ReversibleStepper(solver, options["terms"], options["args"])
+        stepper = ReversibleStepper(solver, holding(options["terms"]), options["args"])
 
         def make(traced: Traced, start: Start) -> AbstractSolve:
             reversal = trace_reversal(traced, solver, stepper.terms, stepper.args, start)

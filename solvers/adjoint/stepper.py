@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 
 from nde.solvers import trees
 from nde.solvers.estimates import estimates
+from nde.solvers.lanes.held import Held
 from nde.solvers.methods import explicit_rk
 from nde.solvers.methods.declared import Declared, declared_by
 from nde.solvers.reversible.coupling import StepInput
@@ -352,6 +353,7 @@ def stepper_for(
     y0: PyTree[Array],
 ) -> AbstractStepper:
     """Chooses how the solver is run."""
+    terms = holding(terms)
     tableau = explicit_rk.tableau_of(solver)
     if tableau is None:
         if getattr(solver, "scan_kind", "none") is None:
@@ -361,6 +363,13 @@ def stepper_for(
         return SolverStepper(solver, terms, args)
     carries = tableau.fsal and not terms.is_vf_expensive(t0, t1, y0, args)
     return UnrolledStepper(solver, terms, args, tableau, carries)
+
+
+def holding(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[diffrax.AbstractTerm]:
+    """The same terms; the cotangents of their fields are computed once."""
+    is_ode = lambda x: type(x) is diffrax.ODETerm
+    held = lambda x: diffrax.ODETerm(Held(x.vector_field)) if is_ode(x) else x
+    return jax.tree.map(held, terms, is_leaf=is_ode)
 
 
 def _dense(y0, y1, ks):

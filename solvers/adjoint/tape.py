@@ -138,12 +138,12 @@ def power(least: int) -> int:
 
 
 def keeping(count: int, max_steps: int, unit: int = 1) -> tuple[Doubling, Ladder]:
-    """`count` rows, one in `unit`, and a ladder for the steps between them: with half as many, or for
-    those of a unit."""
+    """`count` rows, one in `unit`, and a ladder for the steps between them: with half as many (for few
+    steps a 32nd of these), or for those of a unit."""
     units = -(-max_steps // unit)
     slots = power(min(count, units))
     q = max(0, (units - 1).bit_length() - (slots.bit_length() - 1)) + (unit - 1).bit_length()
-    rows = power(unit if unit > 1 else slots // 2) - 1
+    rows = power(unit if unit > 1 else min(slots // 2, max_steps // 32)) - 1
     return Doubling(slots, unit), Ladder(max(rows, q) if q else 0, q)
 
 

@@ -16,7 +16,8 @@ def test_the_outbreak_is_that_of_the_source():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["school_flu", "pendulum_friction", "theophylline", "kepler", "reactor", "heat_rod"],
+    ["school_flu", "pendulum_friction", "theophylline", "kepler", "reactor", "heat_rod"]
+    + ["universal_lotka_volterra"],
 )
 def test_a_trial_run_saves_one_picture(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MPLBACKEND", "Agg")

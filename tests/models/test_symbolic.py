@@ -231,6 +231,13 @@ def test_nothing_that_is_not_finite_enters_a_front():
     assert [str(e) for e in front.expressions] == ["x"] and front.losses.tolist() == [0.5]
 
 
+def test_of_two_formulas_with_as_many_tokens_the_better_enters_a_front():
+    expressions = [symbolic.Expression.parse(t, ("x",)) for t in ("1.0", "x + 1.0", "x * x")]
+    front = make_front(expressions, np.array([1.0, 0.5, 0.2]))
+    assert [str(e) for e in front.expressions] == ["1.0", "x * x"]
+    assert np.isfinite(front.scores).all()
+
+
 def test_the_choice_stops_where_tokens_buy_little():
     parse = lambda n: symbolic.Expression.parse(" + ".join(["x"] * n), ("x",))
     front = make_front([parse(n) for n in (1, 2, 3, 4, 5)], np.array([1.0, 0.9, 1e-5, 9e-6, 8e-6]))

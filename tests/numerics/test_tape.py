@@ -162,7 +162,7 @@ def test_each_lane_keeps_its_own_accepted_steps(seed, rates):
 def test_the_way_back_reads_a_step_of_all_lanes_at_once(solver):
     """Element by element, from times that are long, XLA reads in parallel: dearer than a small step."""
     adjoint = DiscreteAdjoint() if isinstance(solver, dfx.Tsit5) else ReversibleAdjoint()
-    rows = {dfx.Tsit5: 256 + 1 + 127, EES25: 1025}[type(solver)]  # states and ladder; ends of steps
+    rows = {dfx.Tsit5: 256 + 1 + 31, EES25: 1025}[type(solver)]  # states and ladder; ends of steps
 
     def loss(rate, y0):
         controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
