@@ -104,7 +104,7 @@ def periods(seeds: int, steps: int) -> dict[str, Any]:
         "adam": functools.partial(on_horizon, share=whole),
         "growing horizon": functools.partial(on_horizon, share=grown),
         "shooting": functools.partial(
-            shooting, segments=20, continuity=optax.linear_schedule(0.1, 10.0, steps)
+            shooting, segments=20, continuity=optax.linear_schedule(0.1, 3.0, steps)
         ),
     }
     errors: dict[str, list[float]] = {name: [] for name in losses}
@@ -231,7 +231,7 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     quick = args.quick
     work = {
-        "periods": lambda: periods(*((1, 10) if quick else (10, 300))),
+        "periods": lambda: periods(*((1, 10) if quick else (10, 1500))),
         "least_squares": lambda: by_least_squares(*((1, 10) if quick else (5, 1000))),
         "energy": lambda: energy(*((1, 3) if quick else (3, 500))),
     }
