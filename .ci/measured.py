@@ -23,21 +23,16 @@ def on_files(files, *, config):
     """Called by MkDocs: add the page."""
     from mkdocs.structure.files import File
 
-    content = "\n".join([INTRODUCTION, *map(section, results())])
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    results = [(path.stem, json.loads(path.read_text())) for path in paths]
+    sections = [section(name, found) for name, found in results if any(claims(found))]
+    content = "\n".join([INTRODUCTION, *sections])
     files.append(File.generated(config, "benchmarks.md", content=content))
     return files
 
 
-def results() -> Iterator[Path]:
-    """The results that have claims."""
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        if any(claims(json.loads(path.read_text()))):
-            yield path
-
-
-def section(path: Path) -> str:
+def section(name: str, found: dict) -> str:
     """One file: what it is about, where it was measured, and a row per claim."""
-    found = json.loads(path.read_text())
     about = found["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
     machine = f"{about['processor']}, {about['cores']} cores, {about['device']}; {versions}"
@@ -47,9 +42,9 @@ def section(path: Path) -> str:
     ]
     return "\n".join(
         [
-            f"## {path.stem}\n",
-            f"{title(path.stem)} {machine}; {found.get('date', '')}.\n",
-            f"`{found['command']}`\n" if "command" in found else "",
+            f"## {name}\n",
+            f"{title(name)} {machine}; {found['date']}.\n",
+            f"`{found['command']}`\n",
             "| case | measured | value | wanted |",
             "|---|---|---|---|",
             *rows,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CELL = re.compile(r"^# %%(?P<kind>.*)$", re.MULTILINE)
-SECONDS = 600  # a script that takes longer is stuck; it should take one minute
+SECONDS = 300  # a script that takes longer is stuck; it should take one minute
 
 
 def on_files(files, *, config):
